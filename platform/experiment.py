@@ -1,0 +1,275 @@
+"""The experiment file: strict models, loading, dotted overrides, and every error at once.
+
+One YAML file describes one run. Its `config` section belongs to the method and is checked by the method's own model, the
+other sections are the platform's. Nothing here imports torch or ray: `tenfold --plan` and `--help` stay quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tenfold.platform.errors import ConfigError
+from tenfold.platform.method import Method, load_method, method_names, packaged_experiments
+from tenfold.platform.validation import nearest, validate_all
+
+DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+class StrictModel(BaseModel):
+    """Base of all configuration: unknown keys are errors, values are never changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Compute(StrictModel):
+    """What a training job takes from the cluster."""
+
+    workers: int = Field(1, ge=1, description="training processes (data-parallel ranks)")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores each worker reserves; also its torch threads")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs each worker reserves; 0 trains on CPU")
+    deepspeed: str | dict[str, Any] = Field(
+        "zero2",
+        description=f"one of {', '.join(DEEPSPEED_PRESETS)}, a path to a DeepSpeed JSON file, or its content",
+    )
+    max_failures: int = Field(3, ge=0, description="restarts of the worker group after lost workers or nodes")
+
+
+class Tracking(StrictModel):
+    """Where MLflow keeps the runs."""
+
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI; a server's http(s) URI on clusters")
+    experiment: str | None = Field(None, description="MLflow experiment; default: the method's name")
+
+
+class Dimension(StrictModel):
+    """One swept option: exactly one kind of range."""
+
+    grid: list[Any] | None = Field(None, min_length=1, description="every value is tried")
+    choice: list[Any] | None = Field(None, min_length=1, description="drawn at random from these values")
+    uniform: tuple[float, float] | None = Field(None, description="drawn uniformly from [low, high]")
+    loguniform: tuple[float, float] | None = Field(None, description="drawn log-uniformly from [low, high], low > 0")
+    randint: tuple[int, int] | None = Field(None, description="integer drawn uniformly from [low, high)")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Dimension:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of grid, choice, uniform, loguniform, randint; got {given or 'none'}")
+        value = getattr(self, given[0])
+        if given[0] in ("uniform", "loguniform", "randint") and value[0] >= value[1]:
+            raise ValueError(f"{given[0]} needs low < high; got {list(value)}")
+        if given[0] == "loguniform" and value[0] <= 0:
+            raise ValueError(f"loguniform needs low > 0; got {value[0]}")
+        return self
+
+
+class Sweep(StrictModel):
+    """A study around the experiment; only `tenfold sweep` reads it."""
+
+    metric: str = Field(description="metric to optimise, as the method reports it, e.g. eval/perplexity")
+    mode: Literal["min", "max"] = Field(description="whether a smaller or a larger metric is better")
+    space: dict[str, Dimension] = Field(min_length=1, description="dotted option -> range, e.g. config.training.seed")
+    scheduler: Literal["fifo", "asha", "median"] = Field("fifo", description="early stopping of bad trials")
+    search: Literal["random", "optuna"] = Field("random", description="how non-grid values are drawn")
+    samples: int = Field(1, ge=1, description="draws for every point of the grid")
+    max_concurrent: int = Field(1, ge=1, description="trials at the same time; each takes `compute`")
+    grace_period: int = Field(1, ge=1, description="reports before asha or median may stop a trial")
+    reduction_factor: int = Field(3, ge=2, description="asha keeps the best 1/factor of the trials at every rung")
+    time_budget_s: float | None = Field(None, gt=0, description="start no new trial and stop all after so many seconds")
+
+
+class Experiment(StrictModel):
+    """A whole experiment file, resolved."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$", description="names the run together with a hash")
+    method: str = Field(description="a name from `tenfold methods`")
+    description: str = Field("", description="one sentence for people")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(10, description="decides every random choice")
+    config: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
+    compute: Compute = Compute()
+    storage: str = Field("runs", description="folder or s3://, gs:// URI for checkpoints, models and caches")
+    tracking: Tracking = Tracking()
+    sweep: Sweep | None = None
+
+
+@dataclass(frozen=True)
+class LoadedExperiment:
+    """An experiment that passed all checks, with its method and the method's checked configuration."""
+
+    experiment: Experiment
+    method: Method
+    config: BaseModel
+    source: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides the numbers: method, seed, configuration, workers and DeepSpeed settings."""
+        content = {
+            "method": self.experiment.method,
+            "seed": self.experiment.seed,
+            "config": self.config.model_dump(mode="json"),
+            "workers": self.experiment.compute.workers,
+            "deepspeed": self.experiment.compute.deepspeed,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def run_id(self) -> str:
+        """Name and identity: the same file gives the same run."""
+        return f"{self.experiment.name}-{self.identity}"
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything, defaults included, as plain data: the run can be repeated from this alone."""
+        return {**self.experiment.model_dump(mode="json"), "config": self.config.model_dump(mode="json")}
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML that refuses repeated keys and reads 1e-3 as a number (YAML 1.1 takes it for text)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+        r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read one YAML document safely.
+
+    Raises:
+        ConfigError: it is not YAML, or a key is repeated.
+    """
+    try:
+        return yaml.load(text, Loader=_YamlLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}, {error}") from error
+
+
+def read_source(reference: str) -> tuple[str, str]:
+    """Return (text, where it came from) for `method/name` or a path to a YAML file.
+
+    Raises:
+        ConfigError: there is no such experiment; the message lists what there is.
+    """
+    if reference.endswith((".yaml", ".yml")):
+        path = Path(reference).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{reference}: no such file. Give a YAML file, or one of: {_experiment_list()}")
+        return path.read_text(encoding="utf-8"), str(path)
+    known = packaged_experiments()
+    if reference not in known:
+        hint = nearest(reference, known)
+        raise ConfigError(
+            f"{reference}: no such experiment{f'; did you mean {hint}?' if hint else ''} "
+            f"Known: {_experiment_list()}. A path to a file must end in .yaml"
+        )
+    return known[reference].read_text(encoding="utf-8"), reference
+
+
+def _experiment_list() -> str:
+    return ", ".join(sorted(packaged_experiments()))
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one `dotted.key=value` in place; the value is read as YAML, list items are addressed by number.
+
+    Raises:
+        ConfigError: no `=`, or the path runs through something that is not a section.
+    """
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r}: write it as section.key=value, e.g. config.training.max_steps=50")
+    value = parse_yaml(text, f"override {override!r}")
+    node: Any = data
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a list of {len(node)} items")
+            part_key: Any = int(part)
+        elif isinstance(node, dict):
+            part_key = part
+            if not last and node.get(part) is None:
+                node[part] = {}
+        else:
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is the value {node!r}, not a section")
+        if last:
+            node[part_key] = value
+        else:
+            node = node[part_key]
+
+
+def load_experiment(reference: str, overrides: Sequence[str] = ()) -> LoadedExperiment:
+    """Read, override and check an experiment.
+
+    Args:
+        reference: `method/name` of a packaged experiment or a path to a YAML file.
+        overrides: `dotted.key=value` strings, applied in order.
+
+    Raises:
+        ConfigError: one message with every problem found: file, key, value, what is allowed, the nearest valid key.
+    """
+    text, source = read_source(reference)
+    data = parse_yaml(text, source)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: needs `key: value` lines at the top; found {type(data).__name__}")
+    for override in overrides:
+        apply_override(data, override)
+    return check_experiment(data, source, tuple(overrides))
+
+
+def check_experiment(data: dict[str, Any], source: str, overrides: tuple[str, ...] = ()) -> LoadedExperiment:
+    """Validate plain data as an experiment; see `load_experiment`."""
+    experiment, errors = validate_all(Experiment, data)
+    name = data.get("method")
+    method: Method | None = None
+    if isinstance(name, str):
+        if name in method_names():
+            method = load_method(name)
+        else:
+            hint = nearest(name, method_names())
+            errors.append(
+                f"method = {name!r}: unknown method{f'; did you mean {hint}?' if hint else ''} "
+                f"known: {', '.join(method_names())}"
+            )
+    config = None
+    if method is not None:
+        raw = data.get("config") or {}
+        if isinstance(raw, dict):
+            config, config_errors = validate_all(method.Config, raw, prefix="config")
+            errors.extend(config_errors)
+    if errors or experiment is None or method is None or config is None:
+        lines = "\n".join(f"  - {error}" for error in errors)
+        changed = f" with {' '.join(overrides)}" if overrides else ""
+        raise ConfigError(f"{source}{changed}: {len(errors)} problem(s)\n{lines}")
+    return LoadedExperiment(experiment, method, config, source, overrides)

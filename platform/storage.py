@@ -1,0 +1,272 @@
+"""Run storage: one folder on a local disk, or in anything pyarrow (s3, gs, hdfs) or fsspec reaches.
+
+All paths given to `Storage` are relative to its root and use `/`. Nothing outside the root can be named.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import shutil
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tenfold.platform.deadline import run_with_deadline
+from tenfold.platform.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+# These stores have no folders: creating one would only leave an empty marker object.
+OBJECT_STORES = ("s3", "gcs", "gs", "abfs", "abfss", "az")
+ANSWER_SECONDS = 30
+
+
+class Storage:
+    """Files below one root.
+
+    Attributes:
+        uri: the root, absolute: a local path without a scheme, or the URI that was given.
+        filesystem: pyarrow file system; with `root` this is what Ray Train's `RunConfig` takes.
+        root: the root as `filesystem` names it.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        """Open a storage; touches no file (S3 is asked for the bucket's region).
+
+        Args:
+            uri: a folder (relative ones are taken from the current directory, `~` is expanded) or a URI.
+
+        Raises:
+            ConfigError: the URI is empty, has an unknown scheme, needs a package that is not installed, or its store
+                does not answer.
+        """
+        text = str(uri).strip()
+        if not text:
+            raise ConfigError("storage: empty. Give a folder (storage=runs) or a URI (storage=s3://bucket/runs)")
+        self.filesystem: FileSystem
+        self.filesystem, self.root = _open(text)
+        self.is_local: bool = self.filesystem.type_name == "local"
+        self.uri: str = self.root if self.is_local else text.rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"Storage({self.uri!r})"
+
+    def join(self, *parts: str) -> str:
+        """Return the parts as one relative path.
+
+        Raises:
+            ConfigError: a part is absolute or leaves the root with `..`.
+        """
+        path = posixpath.normpath(posixpath.join("", *parts)) if parts else ""
+        if path.startswith("/") or path.split("/")[0] == ".." or any(part.startswith("/") for part in parts[1:]):
+            raise ConfigError(f"storage {self.uri}: {'/'.join(parts)!r} is outside. Give a path relative to its root")
+        return "" if path == "." else path
+
+    def uri_of(self, path: str) -> str:
+        """Return the absolute address of a path, as logs and pointers name it."""
+        relative = self.join(path)
+        return f"{self.uri}/{relative}" if relative else self.uri
+
+    def local_path(self, path: str = "") -> Path | None:
+        """Return the path itself when the storage is a local disk, else None."""
+        return Path(self._full(path)) if self.is_local else None
+
+    def exists(self, path: str) -> bool:
+        """Tell whether a file or folder of this name exists."""
+        from pyarrow.fs import FileType
+
+        return self.filesystem.get_file_info(self._full(path)).type != FileType.NotFound
+
+    def read_text(self, path: str) -> str:
+        """Return a file's text (UTF-8).
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with self.filesystem.open_input_stream(self._full(path), compression=None) as stream:
+            return stream.read().decode("utf-8")
+
+    def write_text(self, path: str, text: str) -> None:
+        """Write a file (UTF-8) and its folders; on local disks and object stores readers see all of it or nothing."""
+        full = self._full(path)
+        self._create_folder(posixpath.dirname(full))
+        data = text.encode("utf-8")
+        if not self.is_local:
+            with self.filesystem.open_output_stream(full, compression=None) as stream:
+                stream.write(data)
+            return
+        temporary = Path(full).with_name(f".{posixpath.basename(full)}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(full)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def delete(self, path: str) -> None:
+        """Remove a file, or a folder with its content; nothing happens when there is none.
+
+        Raises:
+            ConfigError: the path is the root itself.
+        """
+        from pyarrow.fs import FileType
+
+        if not self.join(path):
+            raise ConfigError(f"storage {self.uri}: the root itself is never deleted. Name a file or folder in it")
+        full = self._full(path)
+        kind = self.filesystem.get_file_info(full).type
+        if kind == FileType.Directory:
+            self.filesystem.delete_dir(full)
+        elif kind != FileType.NotFound:
+            self.filesystem.delete_file(full)
+
+    def upload(self, local_folder: str | Path, path: str) -> None:
+        """Copy a local folder's content to `path`; files of the same name are replaced, others stay.
+
+        On a local disk a new folder appears only when it is complete. Elsewhere files appear one by one: write the
+        file that marks completeness afterwards.
+
+        Raises:
+            FileNotFoundError: there is no such local folder.
+        """
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        source = Path(local_folder).resolve()
+        if not source.is_dir():
+            raise FileNotFoundError(f"{local_folder}: no such folder to copy to {self.uri_of(path)}")
+        full = self._full(path)
+        if self.is_local:
+            _copy_folder(source, Path(full))
+            return
+        self._create_folder(full)
+        copy_files(str(source), full, source_filesystem=LocalFileSystem(), destination_filesystem=self.filesystem)
+
+    def download(self, path: str, local_folder: str | Path) -> Path:
+        """Return a local folder (or file) with the content of `path`.
+
+        A local storage answers with the path itself, uncopied. Otherwise the content appears at `local_folder` when it
+        is complete; what was there before is replaced.
+
+        Raises:
+            FileNotFoundError: the storage has nothing there.
+        """
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        disk = LocalFileSystem()
+        if not self.exists(path):
+            raise FileNotFoundError(f"{self.uri_of(path)}: no such file or folder")
+        local = self.local_path(path)
+        if local is not None:
+            return local
+        target = Path(local_folder).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+            copy = Path(temporary) / target.name
+            copy_files(
+                self._full(path),
+                str(copy),
+                source_filesystem=self.filesystem,
+                destination_filesystem=LocalFileSystem(),
+            )
+            if target.is_dir():
+                shutil.rmtree(target)
+            copy.replace(target)
+        return target
+
+    def check_writable(self) -> None:
+        """Write and remove a small file, leaving no trace.
+
+        Raises:
+            ConfigError: it cannot be written, with the cause and what to do.
+        """
+        try:
+            run_with_deadline(self._probe, ANSWER_SECONDS, "writing a test file")
+        except Exception as error:
+            cause = str(error).strip() or type(error).__name__
+            raise ConfigError(
+                f"storage = {self.uri!r}: cannot be written: {cause}. It must be a writable folder, or a bucket with "
+                f"write access and credentials. Change its permissions, or give another place with storage=..."
+            ) from error
+
+    def list(self, path: str = "") -> Sequence[str]:
+        """Return the names (not paths) of the files and folders directly in `path`, sorted; empty when it is missing.
+
+        Names that start with a dot are left out: unfinished copies have such names.
+        """
+        from pyarrow.fs import FileSelector
+
+        infos = self.filesystem.get_file_info(FileSelector(self._full(path), allow_not_found=True))
+        return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
+
+    def _full(self, path: str) -> str:
+        relative = self.join(path)
+        return posixpath.join(self.root, relative) if relative else self.root
+
+    def _create_folder(self, full: str) -> None:
+        # fsspec file systems are named py::fsspec+PROTOCOL.
+        if self.filesystem.type_name.rpartition("+")[2] not in OBJECT_STORES:
+            self.filesystem.create_dir(full, recursive=True)
+
+    def _probe(self) -> None:
+        if self.is_local:
+            folder = Path(self.root)
+            while not folder.exists():
+                folder = folder.parent
+            if not folder.is_dir():
+                raise NotADirectoryError(f"{folder} is a file")
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"tenfold")
+            return
+        name = f".tenfold-{uuid.uuid4().hex}"
+        self.write_text(name, "tenfold")
+        self.delete(name)
+
+
+def _open(text: str) -> tuple[FileSystem, str]:
+    from pyarrow import ArrowInvalid, ArrowNotImplementedError
+    from pyarrow.fs import FileSystem, LocalFileSystem
+
+    if "://" not in text and not text.startswith("file:"):
+        return LocalFileSystem(), str(Path(text).expanduser().resolve())
+    try:
+        filesystem, root = run_with_deadline(lambda: FileSystem.from_uri(text), ANSWER_SECONDS, "opening it")
+    except (ArrowInvalid, ArrowNotImplementedError, OSError) as error:
+        opened = _open_with_fsspec(text)
+        if opened is None:
+            raise ConfigError(
+                f"storage = {text!r}: {error}. Give a folder, or a URI that pyarrow or an installed fsspec package "
+                f"opens, such as s3://bucket/runs, gs://bucket/runs or file:///data/runs"
+            ) from error
+        return opened
+    return filesystem, root.rstrip("/") or "/"
+
+
+def _open_with_fsspec(text: str) -> tuple[FileSystem, str] | None:
+    """Open what pyarrow has no scheme for (abfs of adlfs, memory, ...); None when fsspec cannot either."""
+    try:
+        import fsspec
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        filesystem, root = fsspec.core.url_to_fs(text)
+    except (ImportError, ValueError):
+        return None
+    return PyFileSystem(FSSpecHandler(filesystem)), root.rstrip("/") or "/"
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    if source == target:
+        return
+    if target.exists():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        copy = Path(temporary) / target.name
+        shutil.copytree(source, copy)
+        copy.replace(target)

@@ -1,0 +1,124 @@
+"""transformers.Trainer with what every method here needs: exact token means, plain checkpoints, logged statistics."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+COSINE_FLOOR = 1e-7
+
+
+class Trainer(transformers.Trainer):
+    """Trains a `TrainedModule`.
+
+    * The loss is the exact mean over the label tokens of the global batch, whatever the ranks, the accumulation or the
+      lengths (transformers divides by the gathered count; the module returns a sum over it).
+    * Checkpoints hold the exported model in Hugging Face form beside DeepSpeed's state.
+    * Evaluation sums next-token loss and label counts per row, so perplexity does not depend on batches or ranks.
+
+    Args:
+        cosine_floor: anneal every parameter group along a cosine to 1e-7 instead of `args.lr_scheduler_type`.
+        projector_learning_rate: learning rate of the parameters outside the exported model; None: the common one.
+    """
+
+    def __init__(
+        self, *args: Any, cosine_floor: bool = False, projector_learning_rate: float | None = None, **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs)
+        self._cosine_floor = cosine_floor
+        self._projector_learning_rate = projector_learning_rate
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss; keep the module's statistics for the next report."""
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        for name, (total, count) in outputs["statistics"].items():
+            self._sums.setdefault(name, []).append(torch.stack([total.detach().float(), count.detach().float()]))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the statistics since the last report, summed over all ranks."""
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            local = torch.stack([torch.stack(self._sums[name]).sum(0) for name in names])
+            gathered = self.accelerator.reduce(local.to(self.args.device), reduction="sum")
+            for name, (total, count) in zip(names, gathered.tolist(), strict=True):
+                logs[name] = total / count if count else math.nan
+            self._sums = {}
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build AdamW: no decay on one-dimensional parameters, projectors with their own learning rate."""
+        if self.optimizer is None:
+            projectors = {id(parameter) for parameter in self.model.projector_parameters()}
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            body = [parameter for parameter in trained if id(parameter) not in projectors]
+            # ds_shape: the true shape of a parameter that ZeRO-3 has sharded into one dimension
+            matrices = [p for p in body if len(getattr(p, "ds_shape", p.shape)) > 1]
+            vectors = [p for p in body if len(getattr(p, "ds_shape", p.shape)) <= 1]
+            decay, rate = self.args.weight_decay, self.args.learning_rate
+            groups = [
+                {"params": matrices, "weight_decay": decay, "lr": rate},
+                {"params": vectors, "weight_decay": 0.0, "lr": rate},
+                {
+                    "params": [parameter for parameter in trained if id(parameter) in projectors],
+                    "weight_decay": decay,
+                    "lr": self._projector_learning_rate or rate,
+                },
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the schedule; `cosine_floor` takes each group's own rate down to the absolute floor 1e-7."""
+        if self.lr_scheduler is None and self._cosine_floor:
+            self.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+                optimizer or self.optimizer, T_max=num_training_steps, eta_min=COSINE_FLOOR
+            )
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (loss, [B, 2] of summed loss and label count, [B] placeholder): all that perplexity needs."""
+        with torch.no_grad():
+            outputs = model(**self._prepare_inputs(inputs))
+        pairs = torch.stack([outputs["nll"].float(), outputs["num_labels"].float()], dim=1)
+        return outputs["loss"].detach().mean(), pairs, outputs["num_labels"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save the exported model alone, in Hugging Face form; DeepSpeed's files beside it hold the rest."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = "exported."
+        weights = state_dict if state_dict is not None else self.model.state_dict()
+        kept = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        self.model.exported.save_pretrained(folder, state_dict=kept)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+
+def perplexity_metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    """Return `nll` (nats per label token) and `perplexity` from the pairs that `prediction_step` gathered."""
+    pairs = torch.as_tensor(prediction.predictions, dtype=torch.float64)
+    total, count = pairs[:, 0].sum().item(), pairs[:, 1].sum().item()
+    nll = total / count if count else math.nan
+    return {"nll": nll, "perplexity": math.exp(nll) if nll < 700 else math.inf}

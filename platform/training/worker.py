@@ -1,0 +1,177 @@
+"""What every training worker runs: settle the device, find the checkpoint, build the method's Trainer, train."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenfold.platform.errors import CheckpointError
+from tenfold.platform.storage import Storage
+from tenfold.platform.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from tenfold.platform.training.checkpoints import CheckpointRecord
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What a method's `build` function gets on every worker.
+
+    Attributes:
+        config: the plain data that the job was given.
+        options: the job's training options.
+        arguments: ready for a Trainer, DeepSpeed settings included. They exist before `build` runs, so that models
+            loaded in it are sharded at once under ZeRO-3.
+        seed: the experiment's seed.
+        rank: this worker's number, from 0.
+        world_size: number of workers.
+        deepspeed: the DeepSpeed configuration.
+    """
+
+    config: dict[str, Any]
+    options: TrainingOptions
+    arguments: TrainingArguments
+    seed: int
+    rank: int
+    world_size: int
+    deepspeed: dict[str, Any]
+
+
+def worker_loop(payload: dict[str, Any]) -> dict[str, Any]:
+    """Train one job on this worker; runs inside Ray Train.
+
+    Args:
+        payload: plain data from `launch.train_job`.
+
+    Returns:
+        The last step and the newest metrics (rank 0's become the job's return value).
+
+    Raises:
+        CheckpointError: the newest checkpoint was written by another number of workers.
+    """
+    _settle_process(payload)
+    import ray.train
+
+    from tenfold.platform.tracking import Tracker
+    from tenfold.platform.training.report import ReportCallback
+
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    storage = Storage(payload["storage"])
+    tracker = Tracker.attach(**payload["tracker"]) if rank == 0 else None
+    options = TrainingOptions.model_validate(payload["options"])
+    with tempfile.TemporaryDirectory(prefix="tenfold-train-") as scratch:
+        resume = _checkpoint_to_resume(storage, payload["job"], rank, world_size)
+        folder = storage.download(resume.path, Path(scratch) / "resume") if resume else None
+        arguments = _training_arguments(payload, options, Path(scratch) / "out")
+        build = _import(payload["build"])
+        trainer = build(
+            WorkerContext(
+                payload["config"], options, arguments, payload["seed"], rank, world_size, payload["deepspeed"]
+            )
+        )
+        trainer.add_callback(
+            ReportCallback(
+                storage,
+                payload["job"],
+                payload["attempt"],
+                tracker,
+                keep_last=options.save_total_limit,
+                best_metric=options.metric_for_best,
+            )
+        )
+        if rank == 0:
+            logger.info("%s", f"resuming after step {resume.step}" if resume else "starting at step 0")
+        trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+        if tracker is not None:
+            tracker.close()
+        return {"step": trainer.state.global_step}
+
+
+def _settle_process(payload: dict[str, Any]) -> None:
+    logging.basicConfig(
+        level=logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING,
+        format="%(message)s",
+        stream=sys.stdout,
+        force=True,
+    )
+    for noisy in ("transformers", "deepspeed", "DeepSpeed", "accelerate", "alembic", "mlflow", "httpx", "ray"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    import torch
+
+    on_cpu = payload["gpus_per_worker"] == 0
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(max(1, int(payload["cpus_per_worker"])))
+    import deepspeed.ops
+    import transformers
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    if on_cpu:
+        # The shared-memory all-reduce is compiled at first use (a minute, and a C++ compiler); gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _checkpoint_to_resume(storage: Storage, job: str, rank: int, world_size: int) -> CheckpointRecord | None:
+    """Let rank 0 choose, so that all ranks resume from the same step."""
+    import torch.distributed
+
+    from tenfold.platform.training.checkpoints import CheckpointRecord, newest_good
+
+    choice: list[Any] = [None]
+    if rank == 0:
+        record = newest_good(storage, job)
+        choice = [asdict(record) if record else None]
+    if world_size > 1:
+        torch.distributed.broadcast_object_list(choice, src=0)
+    if choice[0] is None:
+        return None
+    record = CheckpointRecord(**choice[0])
+    if record.world_size != world_size:
+        raise CheckpointError(
+            f"checkpoint {storage.uri_of(record.path)} was written by {record.world_size} workers, this run has "
+            f"{world_size}; use compute.workers={record.world_size}, or start afresh with --new"
+        )
+    return record
+
+
+def _training_arguments(payload: dict[str, Any], options: TrainingOptions, folder: Path) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    schedule = options.lr_scheduler_type
+    return TrainingArguments(
+        output_dir=str(folder),
+        deepspeed=payload["deepspeed"],
+        use_cpu=payload["gpus_per_worker"] == 0,
+        seed=payload["seed"],
+        data_seed=payload["seed"],
+        lr_scheduler_type="constant" if schedule == "cosine_to_floor" else schedule,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="warning",
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        include_num_input_tokens_seen="non_padding",
+        average_tokens_across_devices=True,
+        prediction_loss_only=False,
+        save_total_limit=None,
+        **options.arguments(),
+    )
+
+
+def _import(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
