@@ -172,7 +172,7 @@ class Storage:
                 self._full(path),
                 str(copy),
                 source_filesystem=self.filesystem,
-                destination_filesystem=LocalFileSystem(),
+                destination_filesystem=disk,
             )
             if target.is_dir():
                 shutil.rmtree(target)

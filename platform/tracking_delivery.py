@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# MLflow's limits: metrics, and parameters or tags, in one request, characters in a parameter and (less than MLflow's) in a tag.
+# MLflow's limits: metrics, and parameters or tags, in one request; characters in a parameter and (ours) in a tag.
 MAX_METRICS = 1000
 MAX_PARAMS = 100
 MAX_PARAM_CHARACTERS = 6000

@@ -7,7 +7,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -99,6 +99,27 @@ def _same_leaf(model: type[BaseModel], leaf: str) -> str | None:
     paths = {path.rsplit(".", 1)[-1]: path for path in dotted_keys(model)}
     match = leaf if leaf in paths else nearest(leaf, paths)
     return paths[match] if match else None
+
+
+class OptionRow(NamedTuple):
+    """One option as documentation shows it."""
+
+    key: str
+    default: Any
+    description: str
+
+
+def option_rows(model: type[BaseModel], prefix: str = "") -> list[OptionRow]:
+    """List every option with its default ("required" where there is none) and description."""
+    rows: list[OptionRow] = []
+    for name, field in model.model_fields.items():
+        inner = _models_in(field.annotation)
+        if inner:
+            rows.extend(option_rows(inner[0], f"{prefix}{name}."))
+        else:
+            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+            rows.append(OptionRow(f"{prefix}{name}", default, field.description or ""))
+    return rows
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

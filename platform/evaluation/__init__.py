@@ -1,1 +1,1 @@
-""""""
+"""Metrics that several methods share."""

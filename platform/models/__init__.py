@@ -1,1 +1,1 @@
-""""""
+"""Models: where they come from, how they are loaded, generated with, described and exported."""

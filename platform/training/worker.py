@@ -94,7 +94,7 @@ def worker_loop(payload: dict[str, Any]) -> dict[str, Any]:
             logger.info("%s", f"resuming after step {resume.step}" if resume else "starting at step 0")
         trainer.train(resume_from_checkpoint=str(folder) if folder else None)
         if tracker is not None:
-            tracker.close()
+            tracker.flush()
         return {"step": trainer.state.global_step}
 
 

@@ -1,0 +1,128 @@
+"""The `tenfold` command. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Ten papers as methods on one platform: train, sweep, track and serve from one YAML file.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. config.training.max_steps=50")]
+Reference = Annotated[str, typer.Argument(help="method/name of a packaged experiment, or a path to a YAML file")]
+Run = Annotated[str, typer.Argument(help="a run's id, the unique start of it, or its folder")]
+StoragePlace = Annotated[str, typer.Option("--storage", help="where the runs are")]
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="explain this method")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List the methods, or explain one."""
+    from tenfold.platform import show
+
+    show.methods(name, as_json)
+
+
+@app.command()
+def run(
+    experiment: Reference,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="check everything, print the plan, start nothing")] = False,
+    new: Annotated[bool, typer.Option("--new", help="start afresh beside an earlier run of the same experiment")] = False,
+) -> None:
+    """Run an experiment, or resume it where it stopped."""
+    from tenfold.platform import cluster, show
+    from tenfold.platform.experiment import load_experiment
+    from tenfold.platform.run import plan as make_plan
+    from tenfold.platform.run import run as run_experiment
+
+    loaded = load_experiment(experiment, overrides or [])
+    show.plan(make_plan(loaded))
+    compute = loaded.experiment.compute
+    cluster.connect()
+    cluster.check_capacity(compute.workers, compute.cpus_per_worker, compute.gpus_per_worker)
+    if plan:
+        typer.echo("the plan fits; nothing was started")
+        return
+    result = run_experiment(loaded, new=new)
+    show.result(result, loaded.experiment.tracking.uri)
+
+
+@app.command()
+def compare(runs: Annotated[list[str], typer.Argument(help="run ids")], storage: StoragePlace = "runs") -> None:
+    """Show the metrics of several runs side by side."""
+    from tenfold.platform import show
+    from tenfold.platform.run import find_run
+
+    show.comparison([find_run(name, storage) for name in runs])
+
+
+@app.command()
+def evaluate(run: Run, storage: StoragePlace = "runs") -> None:
+    """Compute the paper's metrics for what came out of a run."""
+    from tenfold.platform import cluster, show
+    from tenfold.platform.run import evaluate as evaluate_run
+    from tenfold.platform.run import find_run
+
+    found = find_run(run, storage)
+    _ = found.model_folder
+    cluster.connect()
+    show.metrics(found.run_id, evaluate_run(found))
+
+
+@app.command()
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(help="new or empty folder")],
+    storage: StoragePlace = "runs",
+) -> None:
+    """Write a run's model to a plain Hugging Face folder, digests checked."""
+    from tenfold.platform.models.export import export_model
+    from tenfold.platform.run import find_run
+
+    export_model(find_run(run, storage).model_folder, folder)
+    typer.echo(f"{folder}: verified; load it with transformers' AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Say whether this machine, this cluster and this storage are fit."""
+    import rich
+
+    from tenfold.platform import doctor as examination
+
+    found = examination.checks()
+    if as_json:
+        typer.echo(json.dumps([check.__dict__ for check in found], indent=1))
+    else:
+        rich.print(examination.render(found))
+    if any(check.status == "fail" for check in found):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; errors that are the user's to mend are one message without a traceback."""
+    import sys
+
+    from tenfold.platform.errors import TenfoldError
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        app()
+    except TenfoldError as error:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

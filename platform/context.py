@@ -1,0 +1,134 @@
+"""What a running method may use. A method sees this and its configuration; it never imports mlflow or ray.tune."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenfold.platform.experiment import Compute
+from tenfold.platform.storage import Storage
+from tenfold.platform.tracking import Tracker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tenfold.platform.models.manifest import Parent
+    from tenfold.platform.training.launch import TrainingJob, TrainingResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What `Method.plan` may look at: nothing has been started."""
+
+    seed: int
+    compute: Compute
+    cache: Storage
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run: its seed, its place in storage, its tracker, and ways to put work on the cluster.
+
+    Attributes:
+        run_id: name and hash of the run.
+        seed: decides every random choice of the method.
+        compute: what training jobs and `map` take.
+        storage: the run's own folder.
+        cache: folder shared by all runs of this storage, for what several runs reuse; name entries by content digests.
+        tracker: the MLflow run, for `report` and for training workers.
+        in_trial: a Tune trial: reports go to Tune as well.
+    """
+
+    run_id: str
+    method: str
+    seed: int
+    compute: Compute
+    storage: Storage
+    cache: Storage
+    tracker: Tracker
+    in_trial: bool = False
+
+    def report(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send metrics of the driver to MLflow, and to Tune in a trial. Training workers report by themselves."""
+        self.tracker.log_metrics(metrics, step=step)
+        if self.in_trial:
+            import ray.tune
+
+            ray.tune.report(dict(metrics))
+
+    def train(self, job: TrainingJob) -> TrainingResult:
+        """Run a training job on the cluster to its end; see `tenfold.platform.training.launch.train_job`."""
+        from tenfold.platform.training.launch import train_job
+
+        return train_job(self, job)
+
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        name: str,
+        keys: Sequence[str] | None = None,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+    ) -> list[Any]:
+        """Apply `function` to independent items on the cluster; see `tenfold.platform.mapping.map_items`."""
+        from tenfold.platform.mapping import map_items
+
+        return map_items(self, function, items, name=name, keys=keys, cpus=cpus, gpus=gpus)
+
+    def log_figure(self, name: str, figure: Figure) -> None:
+        """Keep a matplotlib figure as PNG in MLflow."""
+        self.tracker.log_figure(name, figure)
+
+    def save_model(
+        self,
+        checkpoint: str,
+        *,
+        name: str,
+        flavor: str,
+        metrics: Mapping[str, float],
+        parents: Sequence[Parent],
+    ) -> str:
+        """Turn a checkpoint folder of this run into a model folder with a manifest, and tell MLflow where it is.
+
+        Args:
+            checkpoint: folder relative to the run's storage, as in `TrainingResult`.
+            name: folder below `models/`.
+            flavor: what kind of model it is, e.g. causal-lm.
+            metrics: kept in the manifest.
+            parents: models and data that it was made from.
+
+        Returns:
+            The model's folder relative to the run's storage.
+        """
+        import tempfile
+
+        from tenfold.platform.models.manifest import model_files, read_manifest, write_manifest
+
+        target = f"models/{name}"
+        with tempfile.TemporaryDirectory(prefix="tenfold-model-") as scratch:
+            source = self.storage.download(checkpoint, Path(scratch) / "checkpoint")
+            folder = Path(scratch) / "model"
+            folder.mkdir()
+            for path in model_files(source):
+                (folder / path.name).write_bytes(path.read_bytes())
+            write_manifest(
+                folder, flavor=flavor, method=self.method, name=self.run_id, parents=list(parents), metrics=dict(metrics)
+            )
+            digest = read_manifest(folder).digest
+            self.storage.delete(target)
+            self.storage.upload(folder, target)
+        self.tracker.log_model_pointer(
+            self.storage.uri_of(target),
+            digest,
+            flavor=flavor,
+            metrics=metrics,
+            parents=[parent.reference for parent in parents],
+        )
+        return target

@@ -1,0 +1,134 @@
+"""Copying a model to a folder of its own, for people and programs that do not know tenfold."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from tenfold.platform.errors import ConfigError, ModelError
+from tenfold.platform.models.configuration import read_config
+from tenfold.platform.models.folder import check_new, model_files, new_folder
+from tenfold.platform.models.manifest import Manifest, verify_manifest, write_manifest
+from tenfold.platform.models.references import resolve
+
+CARD = "README.md"
+# Kinds of models that transformers loads from a folder.
+HUGGING_FACE_FLAVORS = ("causal-lm", "moe-causal-lm", "seq2seq")
+
+
+def export_model(source: str | Path, target: Path) -> Path:
+    """Copy a model folder to a new place: only what `from_pretrained` needs, a model card, and a manifest.
+
+    The source is compared with its manifest before, the copy with its own afterwards, and configuration and tokenizer
+    of the copy are loaded. The digest of the model stays the same.
+
+    Args:
+        source: a model reference, or the URI of a model folder in storage.
+        target: new or empty folder.
+
+    Returns:
+        The target, absolute.
+
+    Raises:
+        ModelError: the target has content or cannot be written; the source has no manifest, is damaged, or is of a
+            kind that is no Hugging Face folder.
+    """
+    target = target.expanduser().absolute()
+    check_new(target)
+    with tempfile.TemporaryDirectory(prefix="tenfold-export-") as scratch:
+        folder = _fetch(str(source), Path(scratch))
+        manifest = verify_manifest(folder)
+        if manifest.flavor not in HUGGING_FACE_FLAVORS:
+            raise ModelError(
+                f"{source}: is a {manifest.flavor}; only {', '.join(HUGGING_FACE_FLAVORS)} are Hugging Face folders. "
+                f"Use the export of its method, {manifest.method}"
+            )
+        files = model_files(folder)
+        unknown = [path.name for path in files if path.name not in manifest.files]
+        if unknown:
+            raise ModelError(
+                f"{folder}: {unknown[0]} is not in its manifest, so it cannot be checked. Remove the file"
+            )
+        with new_folder(target) as copy:
+            for path in files:
+                shutil.copyfile(path, copy / path.name)
+            (copy / CARD).write_text(model_card(manifest), encoding="utf-8")
+            write_manifest(
+                copy,
+                flavor=manifest.flavor,
+                method=manifest.method,
+                name=manifest.name,
+                parents=manifest.parents,
+                metrics=manifest.metrics,
+                created=manifest.created,
+            )
+            _check_copy(copy, manifest)
+    return target
+
+
+def _fetch(source: str, scratch: Path) -> Path:
+    from tenfold.platform.storage import Storage
+
+    if "://" not in source:
+        return resolve(source)
+    try:
+        return Storage(source).download("", scratch / "model")
+    except (ConfigError, OSError) as error:
+        raise ModelError(f"{source}: no model folder can be read there: {error}") from error
+
+
+def _check_copy(copy: Path, original: Manifest) -> None:
+    from transformers import AutoTokenizer
+
+    written = verify_manifest(copy)
+    differing = [name for name in written.files if name != CARD and written.files[name] != original.files[name]]
+    if differing:
+        raise ModelError(f"{copy}: {differing[0]} was not copied as it is. Check the disk and try again")
+    read_config(copy)
+    try:
+        AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"the model's tokenizer cannot be loaded: {error}. Save the model again with one") from error
+
+
+def model_card(manifest: Manifest) -> str:
+    """Return the text of a model's README.md: what it is, what it was made from, its metrics, how to load it."""
+    parents = [
+        f"- {parent.kind}: `{parent.reference}`" + (f" (sha256 {parent.digest})" if parent.digest else "")
+        for parent in manifest.parents
+    ]
+    metrics = [f"| {name} | {value:.6g} |" for name, value in sorted(manifest.metrics.items())]
+    table = ["| metric | value |", "|---|---|", *metrics] if metrics else ["None recorded."]
+    loader = "AutoModelForSeq2SeqLM" if manifest.flavor == "seq2seq" else "AutoModelForCausalLM"
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [tenfold, {manifest.method}]",
+        "---",
+        "",
+        f"# {manifest.name}",
+        "",
+        f"A {manifest.flavor} made by `{manifest.method}` (tenfold {manifest.tenfold_version}), {manifest.created}.",
+        "",
+        "## Made from",
+        "",
+        *(parents or ["Nothing else."]),
+        "",
+        "## Metrics",
+        "",
+        *table,
+        "",
+        "## Use",
+        "",
+        "```python",
+        f"from transformers import {loader}, AutoTokenizer",
+        "",
+        f'model = {loader}.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        "```",
+        "",
+        f"`tenfold.json` has the sha256 of every file. Digest of the model: `{manifest.digest}`.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""The output head of a model: its weight, alone or from a folder, and the hidden states that it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tenfold.platform.errors import ModelError
+from tenfold.platform.models.configuration import read_config, skeleton
+from tenfold.platform.models.folder import WEIGHTS, read_weight_map, weight_files
+from tenfold.platform.models.hidden import check_head, final_hidden
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+__all__ = ["check_head", "final_hidden", "head_from_folder", "head_of", "head_shape"]
+
+
+def head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Return (weight [V, D], bias [V] or None) of the output head, as they are in the model: with their gradients.
+
+    Under ZeRO-3 the weight is empty outside `deepspeed.zero.GatheredParameters`.
+
+    Raises:
+        ModelError: the model has no linear head.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head, "weight"):
+        raise ModelError(f"{model.config.model_type}: no output head; give a causal language model")
+    return head.weight, getattr(head, "bias", None)
+
+
+def head_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """Return (rows V, columns D) of the head, also where ZeRO-3 has split it over the ranks.
+
+    Raises:
+        ModelError: the model has no linear head.
+    """
+    weight, _ = head_of(model)
+    rows, columns = getattr(weight, "ds_shape", weight.shape)
+    return int(rows), int(columns)
+
+
+def head_from_folder(folder: Path) -> Tensor:
+    """Read only the head's weight [V, D] of a model folder, in the dtype of the file; a tied one is the embedding.
+
+    Raises:
+        ModelError: the folder is incomplete, has a head with a bias (which the weight alone would leave out), or no
+            tensor of the head's name and shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    model = skeleton(read_config(folder))
+    weight, bias = head_of(model)
+    if bias is not None:
+        raise ModelError(
+            f"{folder}: the head of a {model.config.model_type} has a bias. Load the model and use head_of"
+        )
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
+    # Some checkpoints hold the base model alone.
+    prefix = f"{model.base_model_prefix}."
+    names += [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    files = weight_files(folder)
+    try:
+        places = dict.fromkeys(names, WEIGHTS) if files == [WEIGHTS] else read_weight_map(folder)
+        for name in names:
+            if name not in places:
+                continue
+            with safe_open(folder / places[name], framework="pt") as weights:
+                if name in weights.keys():  # noqa: SIM118 (no mapping)
+                    tensor = weights.get_tensor(name)
+                    break
+        else:
+            raise ModelError(f"{folder}: none of {', '.join(names)} among the weights. Get the model again")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder}: damaged weights: {error}. Get the model again") from error
+    if tensor.shape != weight.shape:
+        raise ModelError(
+            f"{folder}: {name} is {list(tensor.shape)}, config.json says {list(weight.shape)}. Get the model again"
+        )
+    return tensor

@@ -1,0 +1,289 @@
+"""One way to run a method: from the shell, in a Tune trial, in a submitted job."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tenfold.platform.context import PlanContext, RunContext
+from tenfold.platform.errors import ConfigError
+from tenfold.platform.experiment import LoadedExperiment, check_experiment
+from tenfold.platform.method import Outcome, PlanSection
+from tenfold.platform.storage import Storage
+from tenfold.platform.tracking import Tracker, absolute_uri, check_tracking
+from tenfold.platform.training.deepspeed_config import deepspeed_config
+from tenfold.platform.validation import nearest
+
+logger = logging.getLogger(__name__)
+
+STATE = "run.json"
+STACK = ("tenfold", "torch", "ray", "deepspeed", "transformers", "datasets", "mlflow", "numpy")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: where it is and what it measured."""
+
+    run_id: str
+    uri: str
+    mlflow_run_id: str
+    outcome: Outcome
+    method: str
+
+
+def plan(loaded: LoadedExperiment) -> list[PlanSection]:
+    """Check everything that can be known beforehand and describe the run; starts nothing.
+
+    Raises:
+        TenfoldError: the first thing that does not fit.
+    """
+    experiment = loaded.experiment
+    storage = Storage(experiment.storage)
+    storage.check_writable()
+    uri = absolute_uri(experiment.tracking.uri, Path.cwd())
+    check_tracking(uri)
+    deepspeed_config(experiment.compute.deepspeed)
+    compute = experiment.compute
+    state = _read_state(storage, loaded.run_id)
+    status = {None: "new", "running": "unfinished: it resumes", "finished": "finished: needs --new"}
+    general = PlanSection(
+        "run",
+        (
+            ("run", f"{loaded.run_id} ({status.get(state['status'] if state else None, 'unfinished: it resumes')})"),
+            ("experiment", loaded.source),
+            ("seed", str(experiment.seed)),
+            ("storage", storage.uri_of(loaded.run_id)),
+            ("tracking", uri),
+            (
+                "compute",
+                f"{compute.workers} worker(s) x {compute.cpus_per_worker:g} CPU, {compute.gpus_per_worker:g} GPU; "
+                f"DeepSpeed {compute.deepspeed if isinstance(compute.deepspeed, str) else 'own configuration'}",
+            ),
+        ),
+    )
+    context = PlanContext(experiment.seed, compute, Storage(_cache_uri(storage)))
+    return [general, *loaded.method.plan(loaded.config, context)]
+
+
+def run(
+    loaded: LoadedExperiment, *, new: bool = False, parent_run_id: str | None = None, in_trial: bool = False
+) -> RunResult:
+    """Run an experiment to its end, or resume it where it stopped. Ray must be connected.
+
+    Args:
+        loaded: a checked experiment.
+        new: start afresh beside what an earlier run of the same experiment left.
+        parent_run_id: MLflow run that this one belongs to (a sweep).
+        in_trial: report to Tune as well.
+
+    Raises:
+        ConfigError: the experiment has been run to its end already and `new` is not set.
+        TenfoldError: whatever stopped the method; the run can be resumed.
+    """
+    experiment = loaded.experiment
+    top = Storage(experiment.storage)
+    top.check_writable()
+    run_id = _free_id(top, loaded.run_id) if new else loaded.run_id
+    with _only_one(top, run_id):
+        state = _read_state(top, run_id)
+        if state and state["status"] == "finished":
+            raise ConfigError(
+                f"run {run_id} is finished already ({top.uri_of(run_id)}). "
+                f"Use --new to run it again beside it, or `tenfold evaluate {run_id}`"
+            )
+        storage = Storage(top.uri_of(run_id))
+        uri = absolute_uri(experiment.tracking.uri, Path.cwd())
+        tracker = _start_tracker(loaded, uri, run_id, storage, state, parent_run_id)
+        logger.info("%s run %s", "resuming" if state else "starting", run_id)
+        state = {
+            "run_id": run_id,
+            "status": "running",
+            "method": experiment.method,
+            "mlflow_run_id": tracker.run_id,
+            "mlflow_uri": uri,
+            "created": state["created"] if state else time.time(),
+        }
+        storage.write_text("experiment.yaml", yaml.safe_dump(loaded.resolved(), sort_keys=False))
+        storage.write_text(STATE, json.dumps(state, indent=1))
+        context = RunContext(
+            run_id, experiment.method, experiment.seed, experiment.compute, storage, Storage(_cache_uri(top)), tracker, in_trial
+        )
+        try:
+            outcome = loaded.method.run(loaded.config, context)
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        context.report(outcome.metrics)
+        state |= {
+            "status": "finished",
+            "metrics": dict(outcome.metrics),
+            "artifacts": dict(outcome.artifacts),
+            "model": outcome.model,
+        }
+        storage.write_text(STATE, json.dumps(state, indent=1))
+        tracker.finish("FINISHED")
+    return RunResult(run_id, storage.uri, tracker.run_id, outcome, experiment.method)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run found again in storage."""
+
+    run_id: str
+    storage: Storage
+    state: dict[str, Any]
+    loaded: LoadedExperiment
+
+    @property
+    def model_folder(self) -> str:
+        """Address of the run's model.
+
+        Raises:
+            ConfigError: the run is unfinished or has no model.
+        """
+        if not self.state.get("model"):
+            why = "gave no model" if self.state["status"] == "finished" else "is not finished; run it again to resume"
+            raise ConfigError(f"run {self.run_id} {why}")
+        return self.storage.uri_of(self.state["model"])
+
+
+def find_run(reference: str, storage: str = "runs") -> FinishedRun:
+    """Find a run by its id, the unique start of its id, or its folder.
+
+    Raises:
+        ConfigError: none or several fit; the message lists the runs there are.
+    """
+    if Path(reference, STATE).is_file():
+        path = Path(reference).resolve()
+        top, run_id = Storage(path.parent), path.name
+    else:
+        top = Storage(storage)
+        known = [name for name in top.list() if top.exists(f"{name}/{STATE}")]
+        fitting = [name for name in known if name == reference] or [name for name in known if name.startswith(reference)]
+        if len(fitting) != 1:
+            hint = nearest(reference, known)
+            found = f"several runs start so: {', '.join(fitting)}" if fitting else "no such run"
+            raise ConfigError(
+                f"{reference}: {found}{f'; did you mean {hint}?' if hint and not fitting else ''} "
+                f"Runs in {top.uri}: {', '.join(known) or 'none'}. Use --storage for another place"
+            )
+        run_id = fitting[0]
+    own = Storage(top.uri_of(run_id))
+    data = yaml.safe_load(own.read_text("experiment.yaml"))
+    return FinishedRun(run_id, own, json.loads(own.read_text(STATE)), check_experiment(data, f"{run_id}/experiment.yaml"))
+
+
+def evaluate(found: FinishedRun) -> dict[str, float]:
+    """Compute the method's metrics for a finished run's model again, and log them to its MLflow run."""
+    import tempfile
+
+    experiment = found.loaded.experiment
+    _ = found.model_folder
+    top = Storage(found.storage.uri.rpartition("/")[0])
+    tracker = Tracker.attach(found.state["mlflow_uri"], found.state["mlflow_run_id"], _spool(found.storage))
+    context = RunContext(
+        found.run_id, experiment.method, experiment.seed, experiment.compute, found.storage, Storage(_cache_uri(top)), tracker
+    )
+    with tempfile.TemporaryDirectory(prefix="tenfold-evaluate-") as scratch:
+        folder = found.storage.download(found.state["model"], Path(scratch) / "model")
+        metrics = dict(found.loaded.method.evaluate(found.loaded.config, folder, context))
+    tracker.log_metrics(metrics)
+    tracker.flush()
+    return metrics
+
+
+def _start_tracker(
+    loaded: LoadedExperiment, uri: str, run_id: str, storage: Storage, state: dict[str, Any] | None, parent: str | None
+) -> Tracker:
+    experiment = loaded.experiment
+    check_tracking(uri)
+    tracker = Tracker.start(
+        uri,
+        experiment.tracking.experiment or experiment.method,
+        run_id,
+        run_id=state["mlflow_run_id"] if state else None,
+        parent_run_id=parent,
+        tags={
+            "tenfold.run": run_id,
+            "tenfold.method": experiment.method,
+            "tenfold.git": _git_commit(),
+            "tenfold.storage": storage.uri,
+            **{f"tenfold.version.{name}": importlib.metadata.version(name) for name in STACK},
+            "tenfold.version.python": platform.python_version(),
+        },
+        artifact_root=None,
+        spool=_spool(storage),
+    )
+    tracker.log_params(flatten(loaded.resolved()))
+    tracker.log_text(yaml.safe_dump(loaded.resolved(), sort_keys=False), "experiment.yaml")
+    return tracker
+
+
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as dotted key -> value; lists stay values."""
+    if not isinstance(data, dict):
+        return {prefix: data}
+    return {
+        key: value
+        for name, inner in data.items()
+        for key, value in flatten(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _spool(storage: Storage) -> Path:
+    local = storage.local_path("mlflow-unsent.jsonl")
+    return local or Path.cwd() / f"mlflow-unsent-{storage.uri.rpartition('/')[2]}.jsonl"
+
+
+def _cache_uri(top: Storage) -> str:
+    return top.uri_of("cache")
+
+
+def _read_state(top: Storage, run_id: str) -> dict[str, Any] | None:
+    path = f"{run_id}/{STATE}"
+    return json.loads(top.read_text(path)) if top.exists(path) else None
+
+
+def _free_id(top: Storage, run_id: str) -> str:
+    number, free = 2, run_id
+    while top.exists(f"{free}/{STATE}"):
+        free, number = f"{run_id}-{number}", number + 1
+    return free
+
+
+@contextlib.contextmanager
+def _only_one(top: Storage, run_id: str) -> Iterator[None]:
+    """Hold a lock for as long as this process works on the run; it falls with the process."""
+    folder = top.local_path(run_id)
+    if folder is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ConfigError(f"run {run_id} is being worked on by another process; wait for it, or use --new") from error
+
+
+def _git_commit() -> str:
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() or "unknown"

@@ -1,0 +1,96 @@
+"""What the command line prints: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tenfold.platform.errors import ConfigError
+from tenfold.platform.method import PlanSection, load_method, method_folder, method_names, packaged_experiments
+from tenfold.platform.run import FinishedRun, RunResult
+from tenfold.platform.validation import nearest, option_rows
+
+console = Console(highlight=False, soft_wrap=False)
+
+
+def methods(name: str | None, as_json: bool) -> None:
+    """List all methods, or explain one: papers, experiments, options, README."""
+    if name is not None and name not in method_names():
+        hint = nearest(name, method_names())
+        raise ConfigError(
+            f"{name}: unknown method{f'; did you mean {hint}?' if hint else ''} known: {', '.join(method_names())}"
+        )
+    chosen = [name] if name else method_names()
+    facts = []
+    for each in chosen:
+        method = load_method(each)
+        facts.append(
+            {
+                "name": each,
+                "summary": method.summary,
+                "papers": [paper.__dict__ for paper in method.papers],
+                "experiments": sorted(key for key in packaged_experiments() if key.startswith(f"{each}/")),
+                "options": [row._asdict() for row in option_rows(method.Config, "config.")],
+            }
+        )
+    if as_json:
+        print(json.dumps(facts, indent=1, default=str))
+        return
+    if name is None:
+        table = Table("method", "papers", "what it does", "experiments")
+        for fact in facts:
+            papers = ", ".join(paper["arxiv"] for paper in fact["papers"])
+            table.add_row(fact["name"], papers, fact["summary"], "\n".join(fact["experiments"]))
+        console.print(table)
+        return
+    console.print((method_folder(name) / "README.md").read_text(encoding="utf-8"), markup=False)
+    table = Table("option", "default", "meaning", title=f"options of {name}")
+    for row in facts[0]["options"]:
+        table.add_row(row["key"], str(row["default"]), row["description"])
+    console.print(table)
+
+
+def plan(sections: Sequence[PlanSection]) -> None:
+    """Print a plan."""
+    for section in sections:
+        table = Table(title=section.title, show_header=False, title_justify="left", box=None, padding=(0, 2))
+        for label, value in section.rows:
+            table.add_row(label, value)
+        console.print(table)
+
+
+def metrics(title: str, values: Mapping[str, float]) -> None:
+    """Print named numbers."""
+    table = Table("metric", "value", title=title, title_justify="left")
+    for name in sorted(values):
+        table.add_row(name, _number(values[name]))
+    console.print(table)
+
+
+def result(finished: RunResult, tracking_uri: str) -> None:
+    """Print what a run measured and what to do next."""
+    metrics(finished.run_id, finished.outcome.metrics)
+    console.print(f"run folder     {finished.uri}", soft_wrap=True)
+    if finished.outcome.model:
+        console.print(f"model          {finished.uri}/{finished.outcome.model}", soft_wrap=True)
+    console.print(f"in MLflow      mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
+    console.print(f"next           tenfold evaluate {finished.run_id}; tenfold serve {finished.run_id}", soft_wrap=True)
+
+
+def comparison(runs: Sequence[FinishedRun]) -> None:
+    """Print the metrics of several runs side by side."""
+    table = Table("metric", *[run.run_id for run in runs], title="comparison", title_justify="left")
+    names = sorted({name for run in runs for name in run.state.get("metrics", {})})
+    for name in names:
+        table.add_row(name, *[_number(run.state.get("metrics", {}).get(name)) for run in runs])
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if math.isfinite(value) else str(value)

@@ -1,0 +1,16 @@
+import hashlib
+import importlib.resources
+import re
+
+
+def test_samples_are_the_files_whose_digests_the_readme_gives():
+    root = importlib.resources.files("tenfold.samples")
+    listed = dict(re.findall(r"^([0-9a-f]{64})  (\S+)$", (root / "README.md").read_text(), re.MULTILINE))
+    listed = {name: digest for digest, name in listed.items()}
+    found = {
+        f"{top}{entry.name}": hashlib.sha256(entry.read_bytes()).hexdigest()
+        for top in ("instruct/", "models/stories260K/")
+        for entry in (root / top).iterdir()
+        if entry.is_file()
+    }
+    assert found == listed

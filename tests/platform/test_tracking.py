@@ -1,0 +1,469 @@
+import json
+import logging
+import math
+import os
+import pickle
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tenfold.platform import tracking, tracking_store
+from tenfold.platform.errors import TrackingError
+from tenfold.platform.tracking import Tracker, absolute_uri, check_tracking
+from tenfold.platform.tracking_delivery import batches
+from tenfold.platform.tracking_spool import Spool, Spooled
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Return the URI of an MLflow database that exists (making one takes seconds)."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    Tracker.start(uri, "made", "first", spool=tmp_path_factory.mktemp("spool") / "spool.jsonl").finish("FINISHED")
+    return uri
+
+
+@pytest.fixture
+def tracker(store, tmp_path):
+    return Tracker.start(store, "tests", "a run", tags={"tenfold.kind": "test"}, spool=tmp_path / "spool.jsonl")
+
+
+@pytest.fixture
+def client(store):
+    from mlflow import MlflowClient
+
+    return MlflowClient(store)
+
+
+def history(client, run_id, name):
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def lock(store) -> sqlite3.Connection:
+    connection = sqlite3.connect(store.removeprefix("sqlite:///"), isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("given", "absolute"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:////base/mlflow.db"),
+        ("sqlite:///../x/y.db?timeout=3", "sqlite:////x/y.db?timeout=3"),
+        ("sqlite+pysqlite:///a.db", "sqlite+pysqlite:////base/a.db"),
+        ("sqlite:////srv/mlflow.db", "sqlite:////srv/mlflow.db"),
+        ("mlruns", "file:///base/mlruns"),
+        ("file:mlruns", "file:///base/mlruns"),
+        ("http://head:5000", "http://head:5000"),
+        ("postgresql://me:pw@db/mlflow", "postgresql://me:pw@db/mlflow"),
+        ("databricks", "databricks"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+    ],
+)
+def test_relative_stores_become_absolute_and_others_stay(given, absolute):
+    assert absolute_uri(given, Path("/base")) == absolute
+
+
+def test_a_server_that_is_down_is_an_error_within_ten_seconds_that_names_it():
+    uri = f"http://127.0.0.1:{free_port()}"
+    begin = time.monotonic()
+    with pytest.raises(TrackingError, match=r"Start the server.*sqlite:///mlflow.db") as caught:
+        check_tracking(uri)
+    assert time.monotonic() - begin < 10
+    assert uri in str(caught.value)
+
+
+def test_a_server_that_never_answers_is_an_error_within_ten_seconds(monkeypatch):
+    import mlflow  # noqa: F401 (its import is not part of the time)
+
+    assert tracking_store.CONNECT_SECONDS + tracking_store.ANSWER_SECONDS < 10
+    monkeypatch.setattr(tracking_store, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begin = time.monotonic()
+        with pytest.raises(TrackingError, match="does not answer"):
+            check_tracking(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert time.monotonic() - begin < 2
+
+
+def test_a_web_server_that_is_not_mlflow_is_an_error():
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for_port(port)
+            with pytest.raises(TrackingError, match="failed with error code 501"):
+                check_tracking(f"http://127.0.0.1:{port}")
+        finally:
+            server.kill()
+
+
+def test_an_unwritable_folder_is_an_error_that_names_it():
+    with pytest.raises(TrackingError, match=r"/proc/tenfold cannot be written.*another place"):
+        check_tracking("sqlite:////proc/tenfold/mlflow.db")
+
+
+def test_a_folder_below_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TrackingError, match="cannot be written"):
+        check_tracking(f"sqlite:///{tmp_path}/file/mlflow.db")
+
+
+def test_a_file_that_is_no_database_is_an_error(tmp_path):
+    (tmp_path / "mlflow.db").write_text("plain text, not a database at all" * 100)
+    with pytest.raises(TrackingError, match="file is not a database"):
+        check_tracking(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_a_database_that_stays_locked_is_an_error(store, monkeypatch):
+    monkeypatch.setattr(tracking_store, "LOCK_SECONDS", 0.2)
+    connection = lock(store)
+    try:
+        with pytest.raises(TrackingError, match=r"database is locked.*end the program"):
+            check_tracking(store)
+    finally:
+        connection.close()
+
+
+def test_the_check_of_a_usable_database_leaves_no_trace(tmp_path, store):
+    check_tracking(store)
+    check_tracking(f"sqlite:///{tmp_path}/new/mlflow.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "mlruns", "./mlruns"])
+def test_a_plain_folder_is_refused_with_advice(uri, monkeypatch):
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    with pytest.raises(TrackingError, match=r"plain folder.*tracking.uri=sqlite:///mlflow.db"):
+        check_tracking(uri)
+
+
+def test_a_plain_folder_is_taken_where_mlflow_is_told_to(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    check_tracking(tmp_path.as_uri())
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:", " "])
+def test_stores_that_workers_cannot_share_are_refused(uri):
+    with pytest.raises(TrackingError, match=r"tracking\.uri=sqlite:///mlflow\.db"):
+        check_tracking(uri)
+
+
+def test_errors_never_show_a_password():
+    port = free_port()
+    with pytest.raises(TrackingError) as caught:
+        check_tracking(f"http://me:secret@127.0.0.1:{port}")
+    assert "secret" not in str(caught.value)
+    assert "me:***@" in str(caught.value)
+
+
+def test_a_run_gets_tags_and_artifacts_next_to_the_database(tracker, client, store):
+    run = client.get_run(tracker.run_id)
+    folder = Path(store.removeprefix("sqlite:///")).parent
+    assert run.info.artifact_uri == f"{(folder / 'mlartifacts').as_uri()}/{tracker.run_id}/artifacts"
+    assert run.data.tags["tenfold.kind"] == "test"
+    assert run.info.run_name == "a run"
+    assert run.info.status == "RUNNING"
+
+
+def test_a_child_run_names_its_parent(tracker, client, store, tmp_path):
+    child = Tracker.start(store, "tests", "child", parent_run_id=tracker.run_id, spool=tmp_path / "child.jsonl")
+    assert client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == tracker.run_id
+
+
+def test_metrics_keep_their_steps_and_the_last_value(tracker, client):
+    for step in range(3):
+        tracker.log_metrics({"train/loss": 3.0 - step}, step)
+    assert history(client, tracker.run_id, "train/loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
+
+
+def test_non_finite_metrics_do_not_lose_the_batch(tracker, client):
+    tracker.log_metrics({"nan": math.nan, "up": math.inf, "down": -math.inf, "fine": 0.5}, 1)
+    metrics = client.get_run(tracker.run_id).data.metrics
+    assert math.isnan(metrics["nan"])
+    assert metrics["up"] == sys.float_info.max
+    assert metrics["down"] == -sys.float_info.max
+    assert metrics["fine"] == 0.5
+
+
+def test_a_refused_metric_costs_only_itself_and_is_said_once(tracker, client, caplog):
+    for step in range(2):
+        tracker.log_metrics({"good": 1.0 + step, "bad?name": 2.0, "text": "no number"}, step)
+    assert history(client, tracker.run_id, "good") == [(0, 1.0), (1, 2.0)]
+    assert sum("refused metrics bad?name" in record.message for record in caplog.records) == 1
+    tracker.finish("FINISHED")
+    assert "2 records were refused" in caplog.text
+
+
+def test_resuming_logs_only_missing_params_and_names_those_that_differ(tracker, client, store, tmp_path, caplog):
+    tracker.log_params({"config.lr": 0.1, "config.steps": 5})
+    tracker.finish("FAILED")
+    resumed = Tracker.start(store, "tests", "a run", run_id=tracker.run_id, spool=tmp_path / "spool.jsonl")
+    resumed.log_params({"config.lr": 0.2, "config.steps": 5, "config.new": True})
+    run = client.get_run(tracker.run_id)
+    assert resumed.run_id == tracker.run_id
+    assert run.info.status == "RUNNING"
+    assert run.data.params == {"config.lr": "0.1", "config.steps": "5", "config.new": "True"}
+    assert run.data.tags["tenfold.changed_params"] == "config.lr"
+    assert "config.lr" in caplog.text
+
+
+def test_more_params_than_one_request_takes_are_all_logged(tracker, client):
+    tracker.log_params({f"config.p{i}": i for i in range(250)})
+    assert len(client.get_run(tracker.run_id).data.params) == 250
+
+
+def test_a_long_param_is_cut_visibly_and_kept_whole_as_an_artifact(tracker, client, tmp_path):
+    tracker.log_params({"config.text": "x" * 7000})
+    value = client.get_run(tracker.run_id).data.params["config.text"]
+    assert len(value) == 6000
+    assert value.endswith("... (7000 characters, see params.json)")
+    whole = json.loads(Path(client.download_artifacts(tracker.run_id, "params.json", str(tmp_path))).read_text())
+    assert whole == {"config.text": "x" * 7000}
+
+
+def test_figures_and_text_become_artifacts(tracker, client, tmp_path):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.subplots().plot([1, 2, 3])
+    tracker.log_figure("loss.png", figure)
+    tracker.log_text("name: demo\n", "config/resolved.yaml")
+    (tmp_path / "notes.txt").write_text("note")
+    tracker.log_file(tmp_path / "notes.txt", "extra")
+    plot = Path(client.download_artifacts(tracker.run_id, "plots/loss.png", str(tmp_path)))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert [item.path for item in client.list_artifacts(tracker.run_id, "config")] == ["config/resolved.yaml"]
+    assert [item.path for item in client.list_artifacts(tracker.run_id, "extra")] == ["extra/notes.txt"]
+
+
+def test_a_model_pointer_holds_address_digest_and_lineage(tracker, client, tmp_path):
+    tracker.log_model_pointer("s3://b/m", "ab12", flavor="causal-lm", metrics={"ppl": 3.5}, parents=["runs:/1"])
+    pointer = json.loads(
+        Path(client.download_artifacts(tracker.run_id, "model/pointer.json", str(tmp_path))).read_text()
+    )
+    assert pointer == {
+        "uri": "s3://b/m",
+        "digest": "ab12",
+        "flavor": "causal-lm",
+        "metrics": {"ppl": 3.5},
+        "parents": ["runs:/1"],
+    }
+    tags = client.get_run(tracker.run_id).data.tags
+    assert json.loads(tags["tenfold.parents"]) == ["runs:/1"]
+    assert tags["tenfold.model"] == "s3://b/m"
+
+
+def test_a_worker_attaches_with_the_pickled_spec(tracker, client):
+    worker = pickle.loads(pickle.dumps(tracker.spec())).attach()  # noqa: S301 (our own bytes, as Ray does it)
+    worker.log_metrics({"from_worker": 1.0}, 7)
+    assert history(client, tracker.run_id, "from_worker") == [(7, 1.0)]
+
+
+def test_resuming_a_run_that_is_gone_is_an_error_with_advice(store, tmp_path, tracker, client):
+    with pytest.raises(TrackingError, match=r"no run 0{32}.*--new"):
+        Tracker.start(store, "tests", "x", run_id="0" * 32, spool=tmp_path / "spool.jsonl")
+    client.delete_run(tracker.run_id)
+    with pytest.raises(TrackingError, match=r"was deleted.*--new"):
+        Tracker.start(store, "tests", "x", run_id=tracker.run_id, spool=tmp_path / "spool.jsonl")
+
+
+def test_a_deleted_run_costs_metrics_but_never_raises(tracker, client, caplog):
+    client.delete_run(tracker.run_id)
+    for step in range(3):
+        tracker.log_metrics({"a": 1.0, "b": 2.0}, step)
+    assert sum("refused metrics a, b" in record.message for record in caplog.records) == 1
+
+
+def test_a_locked_database_delays_a_step_once_and_loses_nothing(tracker, client, store, caplog, tmp_path, monkeypatch):
+    assert tracking.CALL_SECONDS < 5
+    monkeypatch.setattr(tracking, "CALL_SECONDS", 1.0)
+    tracker.log_metrics({"loss": 0.0}, 0)
+    connection = lock(store)
+    begin = time.monotonic()
+    tracker.log_metrics({"loss": 1.0}, 1)
+    first_wait = time.monotonic() - begin
+    begin = time.monotonic()
+    for step in range(2, 50):
+        tracker.log_metrics({"loss": float(step), "nan": math.nan}, step)
+    tracker.set_tags({"stage": "late"})
+    tracker.log_text("kept", "note.txt")
+    later_wait = time.monotonic() - begin
+    connection.close()
+    assert first_wait < 2
+    assert later_wait < 1
+    assert sum("is away" in record.message for record in caplog.records) == 1
+    assert str(tmp_path / "spool.jsonl") in caplog.text
+    assert tracker.flush() == 0
+    assert history(client, tracker.run_id, "loss") == [(step, float(step)) for step in range(50)]
+    assert client.get_run(tracker.run_id).data.tags["stage"] == "late"
+    assert [item.path for item in client.list_artifacts(tracker.run_id)] == ["note.txt"]
+    tracker.finish("FINISHED")
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_call_after_the_pause_sends_what_was_kept(tracker, client, store, monkeypatch):
+    monkeypatch.setattr(tracking, "CALL_SECONDS", 1.0)
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)
+    connection = lock(store)
+    tracker.log_metrics({"loss": 1.0}, 1)
+    connection.close()
+    time.sleep(0.3)
+    tracker.log_metrics({"loss": 2.0}, 2)
+    assert history(client, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_what_stays_unsent_is_said_at_the_end_with_the_file_and_sent_on_resume(client, store, tmp_path, caplog):
+    spool = tmp_path / "spool.jsonl"
+    owner = Tracker.start(store, "tests", "unlucky", spool=tmp_path / "owner.jsonl")
+    away = Tracker.attach(f"http://127.0.0.1:{free_port()}", owner.run_id, spool)
+    away.log_params({"seed": 10})
+    away.log_metrics({"loss": 1.0}, 1)
+    away.finish("FAILED")
+    assert f"did not get 3 records of run {owner.run_id}. They are kept in {spool}" in caplog.text
+
+    resumed = Tracker.start(store, "tests", "unlucky", run_id=owner.run_id, spool=spool)
+    run = client.get_run(owner.run_id)
+    assert run.data.params == {"seed": "10"}
+    assert run.data.metrics == {"loss": 1.0}
+    assert run.info.status == "RUNNING"
+    resumed.finish("FINISHED")
+    assert not spool.exists()
+
+
+def test_an_unwritable_spool_moves_to_the_temporary_folder(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    away = Tracker.attach(f"http://127.0.0.1:{free_port()}", "ab12", Path("/proc/tenfold/spool.jsonl"))
+    away.log_metrics({"loss": 1.0}, 1)
+    assert away.flush() == 1
+    assert (tmp_path / "tenfold-ab12.jsonl").exists()
+    assert "/proc/tenfold" in caplog.text
+
+
+def test_a_record_that_can_be_kept_nowhere_is_said_to_be_lost(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
+    away = Tracker.attach(f"http://127.0.0.1:{free_port()}", "ab12", Path("/proc/tenfold/spool.jsonl"))
+    away.log_metrics({"loss": 1.0}, 1)
+    away.finish("FINISHED")
+    assert "metrics loss is lost" in caplog.text
+    assert "2 could not be kept" in caplog.text
+
+
+def test_a_spool_keeps_order_and_skips_a_damaged_line(tmp_path, caplog):
+    spool = Spool(tmp_path / "spool.jsonl")
+    spool.append({"op": "metrics", "metrics": {"a": math.nan}})
+    with spool.path.open("a") as file:
+        file.write('{"op": "metr\n')
+    spool.append({"op": "tags", "tags": {"b": "1"}})
+    with spool.path.open("a") as file:
+        file.write('{"op": "still being wri')
+    unsent = spool.unsent()
+    assert [kept.record["op"] for kept in unsent] == ["metrics", "tags"]
+    assert math.isnan(unsent[0].record["metrics"]["a"])
+    assert "damaged record" in caplog.text
+    spool.mark_sent(unsent[0])
+    assert [kept.record["op"] for kept in Spool(spool.path).unsent()] == ["tags"]
+
+
+def test_only_one_sender_at_a_time_has_the_spool(tmp_path):
+    first, second = Spool(tmp_path / "spool.jsonl"), Spool(tmp_path / "spool.jsonl")
+    with first.sending() as mine:
+        assert mine
+        with second.sending() as also_mine:
+            assert not also_mine
+    with second.sending() as mine:
+        assert mine
+
+
+def test_a_spool_with_unsent_records_is_never_removed(tmp_path):
+    spool = Spool(tmp_path / "spool.jsonl")
+    spool.append({"op": "metrics", "metrics": {"a": 1.0}})
+    spool.remove()
+    assert spool.pending()
+
+
+def test_neighbouring_metric_records_share_a_request_up_to_its_limit():
+    sizes = [600, 300, 200, 1]
+    kept = [Spooled({"op": "metrics", "metrics": {f"m{i}": 0.0 for i in range(size)}}, size) for size in sizes]
+    kept.insert(3, Spooled({"op": "tags", "tags": {"a": "b"}}, 0))
+    assert [[one.end for one in batch] for batch in batches(kept)] == [[600, 300], [200], [0], [1]]
+
+
+def wait_for_port(port: int, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(f"nothing listens on port {port}")
+
+
+def serve(folder: Path, port: int) -> subprocess.Popen:
+    command = [
+        str(Path(sys.executable).parent / "mlflow"),
+        "server",
+        f"--backend-store-uri=sqlite:///{folder}/server.db",
+        f"--artifacts-destination={folder}/artifacts",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--workers=1",
+    ]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    wait_for_port(port)
+    return process
+
+
+def stop(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_and_comes_back_has_everything_in_order(tmp_path, caplog):
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+
+    caplog.set_level(logging.INFO, logger="tenfold")
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    server = serve(tmp_path, port)
+    try:
+        check_tracking(uri)
+        tracker = Tracker.start(uri, "outage", "run", spool=tmp_path / "spool.jsonl")
+        tracker.log_metrics({"loss": 0.0, "bad": math.inf, "nan": math.nan}, 0)
+        stop(server)
+        begin = time.monotonic()
+        for step in range(1, 30):
+            tracker.log_metrics({"loss": float(step)}, step)
+        tracker.log_figure("loss.png", Figure())
+        assert time.monotonic() - begin < 6
+        assert "is away" in caplog.text
+
+        server = serve(tmp_path, port)
+        assert tracker.flush() == 0
+        tracker.log_metrics({"loss": 30.0}, 30)
+        tracker.finish("FINISHED")
+        client = MlflowClient(uri)
+        assert history(client, tracker.run_id, "loss") == [(step, float(step)) for step in range(31)]
+        assert [item.path for item in client.list_artifacts(tracker.run_id, "plots")] == ["plots/loss.png"]
+        run = client.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        assert math.isnan(run.data.metrics["nan"])
+        assert not (tmp_path / "spool.jsonl").exists()
+    finally:
+        stop(server)
