@@ -38,7 +38,9 @@ def run(
     experiment: Reference,
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="check everything, print the plan, start nothing")] = False,
-    new: Annotated[bool, typer.Option("--new", help="start afresh beside an earlier run of the same experiment")] = False,
+    new: Annotated[
+        bool, typer.Option("--new", help="start afresh beside an earlier run of the same experiment")
+    ] = False,
 ) -> None:
     """Run an experiment, or resume it where it stopped."""
     from tenfold.platform import cluster, show
@@ -98,7 +100,6 @@ def export(
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """Say whether this machine, this cluster and this storage are fit."""
     import rich
-
     from tenfold.platform import doctor as examination
 
     found = examination.checks()

@@ -14,7 +14,6 @@ from tenfold.platform.tracking import Tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
     from tenfold.platform.models.manifest import Parent
     from tenfold.platform.training.launch import TrainingJob, TrainingResult
 
@@ -119,7 +118,12 @@ class RunContext:
             for path in model_files(source):
                 (folder / path.name).write_bytes(path.read_bytes())
             write_manifest(
-                folder, flavor=flavor, method=self.method, name=self.run_id, parents=list(parents), metrics=dict(metrics)
+                folder,
+                flavor=flavor,
+                method=self.method,
+                name=self.run_id,
+                parents=list(parents),
+                metrics=dict(metrics),
             )
             digest = read_manifest(folder).digest
             self.storage.delete(target)

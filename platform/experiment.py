@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.method import Method, load_method, method_names, packaged_experiments
 from tenfold.platform.validation import nearest, validate_all
@@ -84,7 +83,9 @@ class Sweep(StrictModel):
     max_concurrent: int = Field(1, ge=1, description="trials at the same time; each takes `compute`")
     grace_period: int = Field(1, ge=1, description="reports before asha or median may stop a trial")
     reduction_factor: int = Field(3, ge=2, description="asha keeps the best 1/factor of the trials at every rung")
-    time_budget_s: float | None = Field(None, gt=0, description="start no new trial and stop all after so many seconds")
+    time_budget_s: float | None = Field(
+        None, gt=0, description="start no new trial and stop all after so many seconds"
+    )
 
 
 class Experiment(StrictModel):
@@ -167,7 +168,7 @@ def parse_yaml(text: str, source: str) -> Any:
         ConfigError: it is not YAML, or a key is repeated.
     """
     try:
-        return yaml.load(text, Loader=_YamlLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_YamlLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
     except ConfigError as error:

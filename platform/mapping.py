@@ -48,7 +48,9 @@ def map_items(
 
     names = list(keys) if keys is not None else [f"{index:06d}" for index in range(len(items))]
     if len(names) != len(items) or len(set(names)) != len(names):
-        raise ValueError(f"map {name!r}: needs {len(items)} different keys, got {len(names)} ({len(set(names))} different)")
+        raise ValueError(
+            f"map {name!r}: needs {len(items)} different keys, got {len(names)} ({len(set(names))} different)"
+        )
     folder = f"map/{name}"
     kept = set(context.storage.list(folder))
     results: dict[str, Any] = {

@@ -24,7 +24,6 @@ from tenfold.platform.errors import ConfigError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
     from tenfold.platform.context import PlanContext, RunContext
 
 METHOD_TABLE = "tenfold.methods.table"

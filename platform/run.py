@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from tenfold.platform.context import PlanContext, RunContext
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.experiment import LoadedExperiment, check_experiment
@@ -117,7 +116,14 @@ def run(
         storage.write_text("experiment.yaml", yaml.safe_dump(loaded.resolved(), sort_keys=False))
         storage.write_text(STATE, json.dumps(state, indent=1))
         context = RunContext(
-            run_id, experiment.method, experiment.seed, experiment.compute, storage, Storage(_cache_uri(top)), tracker, in_trial
+            run_id,
+            experiment.method,
+            experiment.seed,
+            experiment.compute,
+            storage,
+            Storage(_cache_uri(top)),
+            tracker,
+            in_trial,
         )
         try:
             outcome = loaded.method.run(loaded.config, context)
@@ -170,7 +176,9 @@ def find_run(reference: str, storage: str = "runs") -> FinishedRun:
     else:
         top = Storage(storage)
         known = [name for name in top.list() if top.exists(f"{name}/{STATE}")]
-        fitting = [name for name in known if name == reference] or [name for name in known if name.startswith(reference)]
+        fitting = [name for name in known if name == reference] or [
+            name for name in known if name.startswith(reference)
+        ]
         if len(fitting) != 1:
             hint = nearest(reference, known)
             found = f"several runs start so: {', '.join(fitting)}" if fitting else "no such run"
@@ -181,7 +189,9 @@ def find_run(reference: str, storage: str = "runs") -> FinishedRun:
         run_id = fitting[0]
     own = Storage(top.uri_of(run_id))
     data = yaml.safe_load(own.read_text("experiment.yaml"))
-    return FinishedRun(run_id, own, json.loads(own.read_text(STATE)), check_experiment(data, f"{run_id}/experiment.yaml"))
+    return FinishedRun(
+        run_id, own, json.loads(own.read_text(STATE)), check_experiment(data, f"{run_id}/experiment.yaml")
+    )
 
 
 def evaluate(found: FinishedRun) -> dict[str, float]:
@@ -193,7 +203,13 @@ def evaluate(found: FinishedRun) -> dict[str, float]:
     top = Storage(found.storage.uri.rpartition("/")[0])
     tracker = Tracker.attach(found.state["mlflow_uri"], found.state["mlflow_run_id"], _spool(found.storage))
     context = RunContext(
-        found.run_id, experiment.method, experiment.seed, experiment.compute, found.storage, Storage(_cache_uri(top)), tracker
+        found.run_id,
+        experiment.method,
+        experiment.seed,
+        experiment.compute,
+        found.storage,
+        Storage(_cache_uri(top)),
+        tracker,
     )
     with tempfile.TemporaryDirectory(prefix="tenfold-evaluate-") as scratch:
         folder = found.storage.download(found.state["model"], Path(scratch) / "model")
@@ -282,7 +298,12 @@ def _only_one(top: Storage, run_id: str) -> Iterator[None]:
 def _git_commit() -> str:
     try:
         result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False, cwd=Path(__file__).parent
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+            cwd=Path(__file__).parent,
         )
     except OSError:
         return "unknown"

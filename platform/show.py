@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
-
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.method import PlanSection, load_method, method_folder, method_names, packaged_experiments
 from tenfold.platform.run import FinishedRun, RunResult
@@ -78,7 +77,9 @@ def result(finished: RunResult, tracking_uri: str) -> None:
     if finished.outcome.model:
         console.print(f"model          {finished.uri}/{finished.outcome.model}", soft_wrap=True)
     console.print(f"in MLflow      mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
-    console.print(f"next           tenfold evaluate {finished.run_id}; tenfold serve {finished.run_id}", soft_wrap=True)
+    console.print(
+        f"next           tenfold evaluate {finished.run_id}; tenfold serve {finished.run_id}", soft_wrap=True
+    )
 
 
 def comparison(runs: Sequence[FinishedRun]) -> None:

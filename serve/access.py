@@ -70,6 +70,6 @@ async def read_json(request: Request, max_bytes: int) -> Any:
 def _too_long(length: int, max_bytes: int) -> ApiError:
     return ApiError(
         413,
-        f"the body has {length} bytes or more, this server takes {max_bytes}; send less or raise limits.max_body_bytes",
+        f"the body has {length} bytes or more, this server takes {max_bytes} (limits.max_body_bytes); send less",
         code="request_too_large",
     )

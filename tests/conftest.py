@@ -55,7 +55,9 @@ def tiny_llama():
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    def make(vocab: int = 320, hidden: int = 32, layers: int = 2, seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
+    def make(
+        vocab: int = 320, hidden: int = 32, layers: int = 2, seed: int = 0, tied: bool = True
+    ) -> LlamaForCausalLM:
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=vocab,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, model_validator
-
 from tenfold.platform.data.config import DataConfig
 from tenfold.platform.evaluation.options import EvaluationOptions
 from tenfold.platform.experiment import StrictModel

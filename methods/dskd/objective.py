@@ -193,13 +193,18 @@ def dual_space_v2(
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     total = student_Nd.new_zeros((), dtype=torch.float32)
     if spaces == "teacher":
-        ce = fused_linear_cross_entropy(student_Nd, student_head_Vd, labels_N, row_weight=ce_weight, chunk=settings.chunk)
+        ce = fused_linear_cross_entropy(
+            student_Nd, student_head_Vd, labels_N, row_weight=ce_weight, chunk=settings.chunk
+        )
         # the projector is no part of this ablation, but every trained parameter takes part in every step
         total = total + ce + 0.0 * projected_teacher_Nd.sum()
         parts["ce"] = (_undo(ce.detach() * num_items, 1 - alpha), count)
     else:
         t2s_prediction = linear_argmax(
-            projected_teacher_Nd.detach(), student_head_Vd.detach(), num_columns=settings.num_columns, chunk=settings.chunk
+            projected_teacher_Nd.detach(),
+            student_head_Vd.detach(),
+            num_columns=settings.num_columns,
+            chunk=settings.chunk,
         )
         agree = t2s_prediction == teacher_prediction_N
         agreeing = agree.sum().float()
@@ -223,8 +228,10 @@ def dual_space_v2(
         total = total + sums.total
         parts["ce"] = (_undo(sums.cross_entropy * num_items, 1 - alpha), count)
         parts["t2s_ce"] = (_undo(sums.teacher_cross_entropy * num_items, alpha), count)
-        parts["student_space"] = (_undo(sums.divergence * micro_batches if masked else sums.divergence * num_items, alpha),
-                                  torch.ones_like(count) if masked else count)
+        parts["student_space"] = (
+            _undo(sums.divergence * micro_batches if masked else sums.divergence * num_items, alpha),
+            torch.ones_like(count) if masked else count,
+        )
         parts["t2s_agreement"] = (agreeing, count)
     if spaces != "student":
         teacher_space = fused_linear_divergence(

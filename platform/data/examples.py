@@ -80,7 +80,7 @@ def load_examples(config: DataConfig) -> Splits:
             )
         train, validation = train[:-held_out], train[-held_out:]
     train, validation = train[: config.max_train_rows], validation[: config.max_validation_rows]
-    return Splits(tuple(train), tuple(validation), 0, _digest(train, validation))
+    return Splits(tuple(train), tuple(validation), skipped, _digest(train, validation))
 
 
 def _digest(*splits: Sequence[Example]) -> str:

@@ -80,7 +80,9 @@ def tokenised_dataset(examples: Sequence[Example], tokenizer: PreTrainedTokenize
     if cut_prompts:
         logger.info("%d prompts are cut to their first %d tokens", cut_prompts, config.max_prompt_length)
     if cut_responses > dropped:
-        logger.info("%d responses are cut to %d tokens in all, without EOS", cut_responses - dropped, config.max_length)
+        logger.info(
+            "%d responses are cut to %d tokens in all, without EOS", cut_responses - dropped, config.max_length
+        )
     if dropped:
         logger.warning("%d of %d examples are dropped: their prompts leave no response token", dropped, len(examples))
     return Dataset.from_dict(columns)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_head", "final_hidden", "head_from_folder", "head_of", "head_shape"]
 
+# Heads that transformers renames while loading.
+STORED_NAMES = {"gpt_neox": ("embed_out.weight",)}
+
 
 def head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """Return (weight [V, D], bias [V] or None) of the output head, as they are in the model: with their gradients.
@@ -61,6 +64,7 @@ def head_from_folder(folder: Path) -> Tensor:
     # Some checkpoints hold the base model alone.
     prefix = f"{model.base_model_prefix}."
     names += [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    names += STORED_NAMES.get(model.config.model_type, ())
     files = weight_files(folder)
     try:
         places = dict.fromkeys(names, WEIGHTS) if files == [WEIGHTS] else read_weight_map(folder)

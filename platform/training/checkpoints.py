@@ -94,9 +94,7 @@ def newest_good(storage: Storage, job: str) -> CheckpointRecord | None:
         problem = damage(storage, record)
         if problem is None:
             return record
-        logger.warning(
-            "checkpoint %s: %s. Falling back to the one before it.", storage.uri_of(record.path), problem
-        )
+        logger.warning("checkpoint %s: %s. Falling back to the one before it.", storage.uri_of(record.path), problem)
     return None
 
 

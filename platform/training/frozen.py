@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from tenfold.platform.training.deepspeed_config import zero_stage
+from torch import nn
 
 
 def prepare_frozen(model: nn.Module, deepspeed_settings: dict[str, Any], device: Any) -> nn.Module:

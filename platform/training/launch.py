@@ -120,7 +120,9 @@ def _explain(context: RunContext, job: TrainingJob, error: Exception) -> Tenfold
             if isinstance(cause, TenfoldError):
                 return type(cause)(str(cause))
             cause = getattr(cause, "cause", None) or cause.__cause__
-    first = f"rank {min(failures)}: {str(failures[min(failures)]).strip().splitlines()[-1]}" if failures else str(error)
+    first = (
+        f"rank {min(failures)}: {str(failures[min(failures)]).strip().splitlines()[-1]}" if failures else str(error)
+    )
     return ClusterError(
         f"training {job.name!r} failed ({len(failures)} worker(s)): {first}. The whole trace is in "
         f"{context.storage.uri_of(path)}. The same command resumes from the newest checkpoint."

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-
 from tenfold.platform.experiment import StrictModel
 
 
@@ -41,17 +40,23 @@ class TrainingOptions(StrictModel):
     logging_steps: int = Field(10, ge=1, description="steps between two reports of training metrics")
     eval_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="when to evaluate; always at the end")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations, with eval_strategy steps")
-    save_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="when to keep a checkpoint; always at the end")
+    save_strategy: Literal["no", "steps", "epoch"] = Field(
+        "epoch", description="when to keep a checkpoint; always at the end"
+    )
     save_steps: int = Field(500, ge=1, description="steps between checkpoints, with save_strategy steps")
     save_total_limit: int = Field(2, ge=1, description="newest checkpoints that are kept, besides the best one")
-    metric_for_best: str = Field("eval/nll", description="the metric by which a checkpoint is the best; smaller is better")
+    metric_for_best: str = Field(
+        "eval/nll", description="the metric by which a checkpoint is the best; smaller is better"
+    )
 
     @model_validator(mode="after")
     def _steps_are_given(self) -> TrainingOptions:
         if self.eval_strategy == "steps" and self.eval_steps is None:
             raise ValueError("eval_strategy steps needs eval_steps")
         if self.eval_strategy != self.save_strategy and "no" not in (self.eval_strategy, self.save_strategy):
-            raise ValueError("eval_strategy and save_strategy must be equal where both are on: a checkpoint is judged by its evaluation")
+            raise ValueError(
+                "eval_strategy and save_strategy must be equal where both are on: a checkpoint is judged by its evaluation"
+            )
         if self.max_steps == 0:
             raise ValueError("max_steps must be -1 (use the epochs) or at least 1")
         return self

@@ -11,8 +11,6 @@ from typing import Any
 
 import ray.train
 import torch.distributed
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from tenfold.platform.storage import Storage
 from tenfold.platform.tracking import Tracker
 from tenfold.platform.training.checkpoints import (
@@ -22,6 +20,7 @@ from tenfold.platform.training.checkpoints import (
     prune,
     write_manifest,
 )
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ from tenfold.platform.storage import Storage
 from tenfold.platform.training.options import TrainingOptions
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
     from tenfold.platform.training.checkpoints import CheckpointRecord
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,6 @@ def worker_loop(payload: dict[str, Any]) -> dict[str, Any]:
     """
     _settle_process(payload)
     import ray.train
-
     from tenfold.platform.tracking import Tracker
     from tenfold.platform.training.report import ReportCallback
 
@@ -127,7 +125,6 @@ def _settle_process(payload: dict[str, Any]) -> None:
 def _checkpoint_to_resume(storage: Storage, job: str, rank: int, world_size: int) -> CheckpointRecord | None:
     """Let rank 0 choose, so that all ranks resume from the same step."""
     import torch.distributed
-
     from tenfold.platform.training.checkpoints import CheckpointRecord, newest_good
 
     choice: list[Any] = [None]

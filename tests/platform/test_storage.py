@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from pyarrow.fs import LocalFileSystem
-
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.storage import Storage
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from tenfold.platform import tracking, tracking_store
 from tenfold.platform.errors import TrackingError
 from tenfold.platform.tracking import Tracker, absolute_uri, check_tracking

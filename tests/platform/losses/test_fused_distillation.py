@@ -85,6 +85,29 @@ def test_one_pass_equals_three_losses_of_full_logits(divergence, chunk):
     assert_same_gradients(sums.total, sum(parts), problem.trained)
 
 
+@pytest.mark.parametrize("split", [1, 4, 10])
+def test_sums_of_two_parts_of_a_batch_add_up_to_the_whole(split):
+    problem = Problem()
+    whole = problem.fused(divergence="adaptive_kl")
+    gradients = torch.autograd.grad(whole.total, problem.trained)
+    total, summed = 0.0, [torch.zeros_like(gradient) for gradient in gradients]
+    for part in (slice(0, split), slice(split, ROWS)):
+        piece = Problem()
+        for name in ("student_hidden", "teacher_hidden"):
+            setattr(piece, name, getattr(problem, name)[part])
+        for name in ("student_head", "student_bias", "teacher_head", "teacher_bias"):
+            setattr(piece, name, getattr(problem, name))
+        for name in ("divergence_weight", "target_weight", "teacher_target_weight", "targets", "teacher_targets"):
+            setattr(piece, name, getattr(problem, name)[part])
+        loss = piece.fused(divergence="adaptive_kl").total
+        total += loss.item()
+        for sum_, gradient in zip(summed, torch.autograd.grad(loss, problem.trained), strict=True):
+            sum_ += gradient
+    assert total == pytest.approx(whole.total.item(), rel=1e-12)
+    for sum_, gradient in zip(summed, gradients, strict=True):
+        torch.testing.assert_close(sum_, gradient)
+
+
 def test_the_divergence_gives_no_gradient_to_the_teacher_side():
     problem = Problem()
     everything = torch.autograd.grad(problem.fused().total, problem.teacher_hidden)[0]

@@ -135,5 +135,5 @@ def test_damage_is_named_when_a_head_is_read(tmp_path, tiny_llama):
     with pytest.raises(ModelError, match=r"is \[320, 32\], config.json says \[330, 32\]"):
         head_from_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
-    with pytest.raises(ModelError, match=r"none of embed_out.weight.* among the weights"):
+    with pytest.raises(ModelError, match=r"none of .*embed_out.weight among the weights"):
         head_from_folder(tmp_path)
