@@ -61,12 +61,17 @@ def run(
 
 
 @app.command()
-def compare(runs: Annotated[list[str], typer.Argument(help="run ids")], storage: StoragePlace = "runs") -> None:
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="run ids")],
+    latest: Annotated[int, typer.Option("--latest", help="take the newest N runs whose id starts so, not one run")] = 0,
+    storage: StoragePlace = "runs",
+) -> None:
     """Show the metrics of several runs side by side."""
     from tenfold.platform import show
-    from tenfold.platform.run import find_run
+    from tenfold.platform.run import find_run, newest_runs
 
-    show.comparison([find_run(name, storage) for name in runs])
+    names = [found for start in runs for found in newest_runs(start, latest, storage)] if latest else runs
+    show.comparison([find_run(name, storage) for name in names])
 
 
 @app.command()
@@ -94,6 +99,38 @@ def export(
 
     export_model(find_run(run, storage).model_folder, folder)
     typer.echo(f"{folder}: verified; load it with transformers' AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+@app.command()
+def serve(
+    runs: Annotated[list[str], typer.Argument(help="runs whose models are served; clients ask for them by run id")],
+    host: Annotated[str, typer.Option(help="interface to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port")] = 8000,
+    api_keys_env: Annotated[
+        str | None, typer.Option(help="environment variable with the keys that clients must send")
+    ] = None,
+    latest: Annotated[bool, typer.Option("--latest", help="take the newest run whose id starts so")] = False,
+    ask: Annotated[str | None, typer.Option(help="send this one chat request over HTTP, print the answer, stop")] = None,
+    storage: StoragePlace = "runs",
+) -> None:
+    """Serve what came out of runs: OpenAI-compatible HTTP under /v1."""
+    import importlib
+
+    from tenfold.platform.run import find_run, newest_runs
+
+    # by name: the platform imports no application
+    configuration, launch = (importlib.import_module(f"tenfold.serve.{name}") for name in ("config", "launch"))
+    names = [name for start in runs for name in newest_runs(start, 1, storage)] if latest else runs
+    found = [find_run(name, storage) for name in names]
+    models = [{"name": each.run_id, "model": each.model_folder} for each in found]
+    keys = {"api_keys": {"env": api_keys_env}} if api_keys_env else {}
+    config = configuration.parse_config({"models": models, **keys})
+    url = launch.run_server(config, host=host, port=port, blocking=ask is None)
+    if ask is not None:
+        try:
+            typer.echo(f"{ask}\n-> {launch.ask(url, found[0].run_id, ask)}")
+        finally:
+            launch.stop_server()
 
 
 @app.command()

@@ -16,6 +16,7 @@ from pathlib import Path
 from tenfold.platform.cluster_capacity import Capacity, capacity, check_capacity, local_capacity, node_facts
 from tenfold.platform.deadline import run_with_deadline
 from tenfold.platform.errors import ClusterError
+from tenfold.platform.hardware import available_memory
 
 __all__ = [
     "Capacity",
@@ -171,7 +172,7 @@ def _object_store_bytes() -> int | None:
     """Return a size that shared memory can hold; None leaves it to Ray where there is too little of it."""
     import psutil
 
-    size = min(LOCAL_OBJECT_STORE_BYTES, int(psutil.virtual_memory().available * 0.2))
+    size = min(LOCAL_OBJECT_STORE_BYTES, int(available_memory() * 0.2))
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = min(size, int(psutil.disk_usage(str(shared)).free * 0.9))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tenfold.platform.errors import ClusterError
+from tenfold.platform.hardware import available_memory
 
 logger = logging.getLogger(__name__)
 
@@ -119,14 +120,13 @@ def capacity() -> Capacity:
 
 def local_capacity(num_cpus: int | None = None) -> Capacity:
     """Return what a cluster started by `connect` on this machine would have; starts nothing."""
-    import psutil
     from ray._private.accelerators import get_accelerator_manager_for_resource
     from ray._private.utils import get_num_cpus
 
     manager = get_accelerator_manager_for_resource("GPU")
     gpus = float(manager.get_current_node_num_accelerators()) if manager else 0.0
     cpus = float(num_cpus if num_cpus is not None else get_num_cpus())
-    return Capacity(cpus, gpus, psutil.virtual_memory().available, 1, shapes=(NodeShape(cpus, gpus),))
+    return Capacity(cpus, gpus, available_memory(), 1, shapes=(NodeShape(cpus, gpus),))
 
 
 def node_facts() -> list[NodeFacts]:

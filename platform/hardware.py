@@ -40,3 +40,16 @@ def supports_bf16(*, use_gpu: bool | None = None) -> bool:
     if use_gpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(cpu_bf16_flags())
+
+
+def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of memory that this process may still take, limits of its container included."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit = int((groups / "memory.max").read_text(encoding="ascii"))
+        used = int((groups / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no cgroup v2, or its limit is "max"
+        return free
+    return min(free, max(0, limit - used))

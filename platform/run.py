@@ -194,6 +194,15 @@ def find_run(reference: str, storage: str = "runs") -> FinishedRun:
     )
 
 
+def newest_runs(start: str, count: int, storage: str = "runs") -> list[str]:
+    """Return the ids of the `count` newest runs whose id begins with `start`, oldest first."""
+    top = Storage(storage)
+    known = [name for name in top.list() if name.startswith(start) and top.exists(f"{name}/{STATE}")]
+    if len(known) < count:
+        raise ConfigError(f"{start}: {len(known)} runs in {top.uri} start so, {count} were asked for")
+    return sorted(known, key=lambda name: json.loads(top.read_text(f"{name}/{STATE}"))["created"])[-count:]
+
+
 def evaluate(found: FinishedRun) -> dict[str, float]:
     """Compute the method's metrics for a finished run's model again, and log them to its MLflow run."""
     import tempfile

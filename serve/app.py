@@ -77,7 +77,7 @@ def _build_vllm(config: ServeConfig) -> Application:
         LLMConfig(
             model_loading_config={
                 "model_id": model.name,
-                "model_source": str(resolve(model.model, sha256=model.sha256, revision=model.revision)),
+                "model_source": str(resolve(model.source)),
             },
             deployment_config={
                 "autoscaling_config": {"min_replicas": replicas.min, "max_replicas": replicas.max or replicas.min}

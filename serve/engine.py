@@ -68,13 +68,13 @@ class Statistics:
         steps: forward passes that gave at least one token.
         tokens: tokens generated.
         largest_batch: most requests that got a token in one pass.
-        cancelled: requests whose client left.
+        ended_early: requests taken out before their last token: by a stop string, or because the client left.
     """
 
     steps: int = 0
     tokens: int = 0
     largest_batch: int = 0
-    cancelled: int = 0
+    ended_early: int = 0
 
 
 class RequestSampler(ContinuousBatchingLogitsProcessor):
@@ -308,6 +308,6 @@ class Engine:
     def _forget(self, request_id: str, finished: bool) -> None:
         self._sampler.logprobs.pop(request_id, None)
         if not finished:
-            self.statistics.cancelled += 1
+            self.statistics.ended_early += 1
             self._manager.cancel_request(request_id)
             self._manager.output_router.result_handlers.pop(request_id, None)

@@ -246,8 +246,9 @@ def load_language_model(served: ServedModel, limits: Limits, *, device: str) -> 
         ModelError: missing or damaged.
         ConfigError: see `LanguageModel`.
     """
-    from tenfold.platform.models.loading import load_causal_lm, load_tokenizer
+    from tenfold.platform.models.loading import load_causal_lm, load_tokenizer, resolve
 
+    resolve(served.source)  # compares every file with its digest; loading alone does not
     tokenizer = load_tokenizer(served.source)
-    model = load_causal_lm(served.source).to(device).eval()
+    model = load_causal_lm(served.source).to(device)
     return LanguageModel(served, limits, model, tokenizer)

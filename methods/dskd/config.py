@@ -43,6 +43,9 @@ class DSKDConfig(StrictModel):
     divergence: Divergence = Field("forward_kl", description="between the distributions (v1 table of divergences)")
     kd_rate: float = Field(0.5, ge=0, le=1, description="alpha: loss = (1 - alpha) CE + alpha KD (v1, v2: 0.5)")
     kd_temperature: float = Field(2.0, gt=0, description="tau: divides both logits in the divergences (v1, v2: 2.0)")
+    teacher_temperature: float = Field(
+        1.0, gt=0, description="divides the teacher's logits once more (official code: 1.0)"
+    )
     skew_lambda: float = Field(0.1, ge=0, lt=1, description="of skewed_forward_kl and skewed_reverse_kl (v1: 0.1)")
     adaptive_alpha: float = Field(0.5, gt=0, lt=1, description="head and tail of adaptive_kl (v1: 0.5)")
     js_beta: float = Field(0.5, gt=0, lt=1, description="weight of the student in jsd")

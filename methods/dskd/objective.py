@@ -135,7 +135,7 @@ def dual_space_v1(
     )
     teacher_space = fused_linear_divergence(
         projected_student_ND,
-        teacher_head_VD,
+        teacher_head_VD.detach(),
         teacher_ND,
         teacher_head_VD,
         divergence="forward_kl",
@@ -236,7 +236,7 @@ def dual_space_v2(
     if spaces != "student":
         teacher_space = fused_linear_divergence(
             projected_student_ND,
-            teacher_head_VD,
+            teacher_head_VD.detach(),
             teacher_ND,
             teacher_head_VD,
             divergence=settings.divergence,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,7 @@ from tenfold.platform.data.collator import CausalCollator
 from tenfold.platform.data.positions import label_positions, next_labels
 from tenfold.platform.errors import ModelError
 from tenfold.platform.losses.fused_linear import linear_cross_entropy_rows
-from tenfold.platform.models.hidden import final_hidden
-from tenfold.platform.models.loading import head_of
+from tenfold.platform.models.heads import final_hidden, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,10 +38,8 @@ def token_nll(
     assert_post_norm_hidden(model)
     collate = CausalCollator(pad_token_id=0)  # masked and to the right: no counted position sees it
     head, bias = head_of(model)
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    try:
+    with _eval_mode(model):
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
             batch = {name: value.to(model.device) for name, value in batch.items()}
@@ -49,8 +47,6 @@ def token_nll(
             hidden, targets = hidden[label_positions(batch["labels"])], next_labels(batch["labels"])
             losses = linear_cross_entropy_rows(hidden, head, targets, bias=bias, chunk=chunk)
             total, count = total + losses.sum(dtype=torch.float64).item(), count + len(targets)
-    finally:
-        model.train(was_training)
     return total, count
 
 
@@ -62,6 +58,18 @@ def perplexity(sum_nll: float, num_tokens: int) -> float:
         return math.exp(sum_nll / num_tokens)
     except OverflowError:
         return math.inf
+
+
+@contextlib.contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Switch to eval mode and put every module back into its own mode: frozen parts may stay in eval mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -77,15 +85,11 @@ def assert_post_norm_hidden(model: PreTrainedModel) -> None:
     """
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
-    was_training = model.training
-    model.eval()
     ids = torch.arange(8, device=model.device)[None] % config.vocab_size
     mask = torch.ones_like(ids)
-    try:
+    with _eval_mode(model):
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         found = model.get_output_embeddings()(final_hidden(model, ids, mask)).float()
-    finally:
-        model.train(was_training)
     # The same product twice: equal to the last bits of its dtype.
     tolerance = (1e-4 if model.dtype == torch.float32 else 1e-2) * expected.abs().max().item()
     if cap is not None or expected.shape != found.shape or not torch.allclose(expected, found, rtol=0, atol=tolerance):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tenfold.platform.errors import ConfigError, ModelError
 from tenfold.platform.models.configuration import read_config
-from tenfold.platform.models.folder import check_new, model_files, new_folder
+from tenfold.platform.models.folder import check_new, fetch_folder, model_files, new_folder
 from tenfold.platform.models.manifest import Manifest, verify_manifest, write_manifest
 from tenfold.platform.models.references import resolve
 
@@ -73,7 +73,13 @@ def _fetch(source: str, scratch: Path) -> Path:
     if "://" not in source:
         return resolve(source)
     try:
-        return Storage(source).download("", scratch / "model")
+        place = Storage(source)
+        local = place.local_path()
+        if local is None:
+            local = scratch / "model"
+            local.mkdir()
+            fetch_folder(place, local)
+        return local
     except (ConfigError, OSError) as error:
         raise ModelError(f"{source}: no model folder can be read there: {error}") from error
 

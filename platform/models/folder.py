@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tenfold.platform.errors import ModelError
+
+if TYPE_CHECKING:
+    from tenfold.platform.storage import Storage
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -109,6 +113,19 @@ def file_digest(path: Path) -> str:
 def _digest(path: str, _size: int, _time: int, _inode: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fetch_folder(place: Storage, target: Path) -> None:
+    """Copy a remote model folder, which has no sub-folders, file by file into an existing folder.
+
+    Raises:
+        FileNotFoundError: there is nothing at the place.
+    """
+    names = place.list()
+    if not names:
+        raise FileNotFoundError(f"{place.uri} is empty or missing")
+    for name in names:
+        place.download(name, target / name)
 
 
 def check_new(target: Path) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlparse
 from tenfold.platform.errors import ConfigError, ModelError, TrackingError
 from tenfold.platform.models.cache import build_once, cache_folder
 from tenfold.platform.models.conversion import damage
-from tenfold.platform.models.folder import CONFIG
+from tenfold.platform.models.folder import CONFIG, fetch_folder
 from tenfold.platform.models.manifest import MANIFEST_NAME, model_digest
 from tenfold.platform.storage import Storage
 from tenfold.platform.tracking_store import absolute_uri, check_tracking, one_line, sqlite_path, without_password
@@ -158,9 +158,7 @@ def _follow(pointer: Path, shown: str) -> Path:
 
 def _copy(place: Storage, digest: str, folder: Path, shown: str) -> None:
     logger.info("downloading %s to the cache", place.uri)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        for item in place.download("", Path(scratch) / "model").iterdir():
-            shutil.move(item, folder / item.name)
+    fetch_folder(place, folder)
     _check(folder, digest, shown)
 
 

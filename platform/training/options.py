@@ -88,4 +88,6 @@ class TrainingOptions(StrictModel):
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of TrainingArguments that these options decide."""
         values = self.model_dump(exclude={"bf16", "lr_scheduler_type", "metric_for_best", "save_total_limit"})
+        if not values["gradient_checkpointing"]:
+            del values["gradient_checkpointing"]
         return {**values, "bf16": self.use_bf16()}

@@ -78,6 +78,7 @@ def worker_loop(payload: dict[str, Any]) -> dict[str, Any]:
                 payload["config"], options, arguments, payload["seed"], rank, world_size, payload["deepspeed"]
             )
         )
+        trainer.remove_callback(transformers.PrinterCallback)  # ReportCallback says the same, once
         trainer.add_callback(
             ReportCallback(
                 storage,

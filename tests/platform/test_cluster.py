@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from tenfold.platform import cluster
+from tenfold.platform import cluster, doctor
 from tenfold.platform.cluster import Capacity, check_capacity, cluster_address, connect
 from tenfold.platform.cluster_capacity import NodeShape, local_capacity, read_autoscaling_config
 from tenfold.platform.errors import ClusterError
@@ -199,11 +199,11 @@ def test_only_known_lines_of_ray_are_dropped():
 
 
 @pytest.mark.ray
-def test_a_local_cluster_listens_on_loopback_says_what_it_has_and_ends(no_cluster):
+def test_a_local_cluster_listens_on_loopback_says_what_it_has_and_ends():
     import ray
 
     try:
-        connect(num_cpus=2, include_dashboard=False)
+        connect(address="local", num_cpus=2, include_dashboard=False)
         assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
         address = ray.get_runtime_context().gcs_address
         connect(num_cpus=5)  # connected already: nothing happens
@@ -215,6 +215,9 @@ def test_a_local_cluster_listens_on_loopback_says_what_it_has_and_ends(no_cluste
         with pytest.raises(ClusterError, match=r"compute\.workers=2"):
             check_capacity(3, 1, 0)
         assert ray.get(ray.remote(lambda: 42).remote()) == 42
+        found = doctor._ray(doctor._Subject("runs", "sqlite:///mlflow.db", start_ray=True))
+        assert (found.status, "1 node(s), 2 CPU" in found.detail) == ("ok", True)
+        assert ray.is_initialized()
     finally:
         cluster.shutdown()
     assert not ray.is_initialized()

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import logging
+import random
 import re
 
 import pytest
@@ -179,6 +180,13 @@ def test_the_split_holds_every_row_once_and_depends_on_its_seed_alone(numbered):
     assert answers(first.train) != sorted(answers(first.train))
     assert answers(other.validation) != answers(first.validation)
     assert other.digest != first.digest
+
+
+def test_the_last_part_after_the_shuffle_is_held_out(numbered):
+    order = list(range(20))
+    random.Random(5).shuffle(order)
+    splits = load_examples(config(numbered, split_seed=5, validation_ratio=0.25))
+    assert (answers(splits.train), answers(splits.validation)) == (order[:15], order[15:])
 
 
 def test_limits_take_the_first_rows_after_the_split(numbered):

@@ -87,15 +87,17 @@ def test_rows_without_labels_count_nothing(tiny_llama):
     assert token_nll(tiny_llama(), []) == (0.0, 0)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_and_the_mode_is_put_back(training):
+def test_dropout_is_off_and_every_module_is_put_back_into_its_mode():
     config = GPT2Config(
         vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5, bos_token_id=1, eos_token_id=2
     )
-    model = GPT2LMHeadModel(config).train(training)
+    model = GPT2LMHeadModel(config).train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
     rows = make_rows(64)
     assert token_nll(model, rows) == token_nll(model, rows)
-    assert model.training is training
+    assert [module.training for module in model.modules()] == modes
+    assert len(set(modes)) == 2
 
 
 def test_no_tensor_of_all_positions_and_the_whole_vocabulary_is_built(tiny_llama):

@@ -272,8 +272,22 @@ def test_an_export_into_an_empty_folder_works_and_into_a_full_one_does_not(saved
 def test_an_export_from_a_storage_address_works(saved, tmp_path):
     target = export_model(saved.as_uri(), tmp_path / "target")
     assert model_digest(target) == model_digest(saved)
-    with pytest.raises(ModelError, match="no model folder can be read there"):
+    with pytest.raises(ModelError, match=r"no tenfold.json"):
         export_model((tmp_path / "nothing").as_uri(), tmp_path / "other")
+
+
+def test_an_export_from_remote_storage_works(saved, tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(saved), "/exports/model", recursive=True)
+    try:
+        target = export_model("memory://exports/model", tmp_path / "target")
+    finally:
+        memory.store.clear()
+    assert model_digest(target) == model_digest(saved)
+    with pytest.raises(ModelError, match=r"no model folder can be read there: .*is empty or missing"):
+        export_model("memory://exports/model", tmp_path / "other")
 
 
 def test_a_damaged_model_is_not_exported(saved, tmp_path):

@@ -51,8 +51,6 @@ def test_a_folder_must_have_the_digest_that_is_asked_for(tiny_model_folder):
 )
 def test_what_can_only_be_a_path_says_where_it_was_looked_for(reference, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if reference == "":
-        reference = "../x y"
     expected = Path(reference).absolute()
     with pytest.raises(ModelError, match=r"there is no .*, and it is no hub name. Give a folder") as caught:
         resolve(reference)
@@ -115,7 +113,7 @@ def test_a_sample_is_a_folder_of_the_installed_samples():
 
 @pytest.fixture(scope="module")
 def mlflow_store(tmp_path_factory, tiny_model_folder):
-    """An SQLite store with four runs: a pointer, a whole folder, an empty run, and registered versions of the first."""
+    """An SQLite store with four runs: a pointer, a whole folder, an empty run, a strange one; two are registered."""
     from mlflow import MlflowClient
 
     root = tmp_path_factory.mktemp("mlflow store")
@@ -238,7 +236,7 @@ def test_a_pointer_to_a_model_that_was_replaced_says_so(pointed, tiny_llama):
 
 def test_a_pointer_that_is_damaged_says_so(pointed):
     _, use = pointed(uri=None, digest=["x"])
-    with pytest.raises(ModelError, match="cannot be read|no folder|damaged"):
+    with pytest.raises(ModelError, match=r"cannot be read|no folder"):
         use()
 
 

