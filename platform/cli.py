@@ -63,7 +63,9 @@ def run(
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="run ids")],
-    latest: Annotated[int, typer.Option("--latest", help="take the newest N runs whose id starts so, not one run")] = 0,
+    latest: Annotated[
+        int, typer.Option("--latest", help="take the newest N runs whose id starts so, not one run")
+    ] = 0,
     storage: StoragePlace = "runs",
 ) -> None:
     """Show the metrics of several runs side by side."""
@@ -110,7 +112,9 @@ def serve(
         str | None, typer.Option(help="environment variable with the keys that clients must send")
     ] = None,
     latest: Annotated[bool, typer.Option("--latest", help="take the newest run whose id starts so")] = False,
-    ask: Annotated[str | None, typer.Option(help="send this one chat request over HTTP, print the answer, stop")] = None,
+    ask: Annotated[
+        str | None, typer.Option(help="send this one chat request over HTTP, print the answer, stop")
+    ] = None,
     storage: StoragePlace = "runs",
 ) -> None:
     """Serve what came out of runs: OpenAI-compatible HTTP under /v1."""

@@ -1,7 +1,7 @@
 """The experiment file: strict models, loading, dotted overrides, and every error at once.
 
-One YAML file describes one run. Its `config` section belongs to the method and is checked by the method's own model, the
-other sections are the platform's. Nothing here imports torch or ray: `tenfold --plan` and `--help` stay quick.
+One YAML file describes one run. Its `config` section belongs to the method and is checked by the method's own model,
+the other sections are the platform's. Nothing here imports torch or ray: `tenfold --plan` and `--help` stay quick.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_llama():
-    """Return a factory of freshly initialised small Llama models: tiny_llama(vocab=320, hidden=32, layers=2, seed=0)."""
+    """Return a factory of fresh small Llama models: tiny_llama(vocab=320, hidden=32, layers=2, seed=0)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

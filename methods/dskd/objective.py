@@ -4,8 +4,9 @@ Legend: N label tokens, V vocabulary, d student's and D teacher's hidden size. A
 
     total = (1 - alpha) CE + alpha KD
 
-as a sum over tokens divided by `num_items` (the label tokens of the whole global batch), with the parts for logging. No
-logits of more than `chunk` tokens exist at a time. No gradient reaches a teacher's tensor, and there is no tau^2 factor.
+as a sum over tokens divided by `num_items` (the label tokens of the whole global batch), with the parts for logging.
+No logits of more than `chunk` tokens exist at a time. No gradient reaches a teacher's tensor, and there is no tau^2
+factor.
 """
 
 from __future__ import annotations
@@ -172,10 +173,12 @@ def dual_space_v2(
 ) -> Loss:
     """DSKDv2, same vocabulary, off-policy (arXiv 2504.11426): KD = L_stu + L_t2s_ce + L_tea.
 
-    L_t2s_ce holds the projected teacher to the teacher's own prediction (not the gold label). L_stu counts tokens where
-    the two agree and is the local mean over them, unless their share is above `agreement_threshold`: then it is the sum
-    over all tokens. The threshold is on |agree| / N (official code: |agree| / Z, which can exceed 1). L_tea uses the same
-    divergence as L_stu.
+    L_t2s_ce holds the projected teacher to the teacher's own prediction (not the gold label). L_stu counts tokens
+    where
+    the two agree and is the local mean over them, unless their share is above `agreement_threshold`: then it is the
+    sum
+    over all tokens. The threshold is on |agree| / N (official code: |agree| / Z, which can exceed 1). L_tea uses the
+    same divergence as L_stu.
 
     Args:
         student_Nd, student_head_Vd, teacher_ND, teacher_head_VD, labels_N, num_items, settings: as in `dual_space_v1`.

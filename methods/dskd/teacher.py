@@ -1,7 +1,7 @@
 """The teacher reads the data once: hidden states of the label positions on disk, reused by epochs, seeds and trials.
 
-Hidden states instead of logits: 2 D bytes a token instead of 2 V (DSKD, arXiv 2406.17328, works on them anyway). Entries are
-named by a digest of the teacher, the tokenizer and the token ids, so that nothing stale is ever read.
+Hidden states instead of logits: 2 D bytes a token instead of 2 V (DSKD, arXiv 2406.17328, works on them anyway).
+Entries are named by a digest of the teacher, the tokenizer and the token ids, so that nothing stale is ever read.
 """
 
 from __future__ import annotations

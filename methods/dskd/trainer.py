@@ -34,10 +34,9 @@ def build_trainer(context: WorkerContext) -> Trainer:
     rows: Any = tokenised_dataset(splits.train, tokenizer, config.data)
     validation = tokenised_dataset(splits.validation, tokenizer, config.data)
     student = load_causal_lm(config.student, seed=context.seed, dtype="float32")
-    teacher, teacher_head, ragged = None, None, ()
+    teacher, teacher_head = None, None
     if config.needs_teacher and config.teacher_mode == "cache":
         rows = with_teacher(rows, Storage(context.config["cache"]), context.config["states"], Path(tempfile.mkdtemp()))
-        ragged = ("teacher_hidden", "teacher_prediction")
         # float32 mathematics needs float32 weights; a bfloat16 student takes the smaller form
         dtype = "bfloat16" if context.arguments.bf16 else "float32"
         teacher_head = head_from_folder(resolve(config.teacher)).to(getattr(torch, dtype))
@@ -52,12 +51,18 @@ def build_trainer(context: WorkerContext) -> Trainer:
         teacher_head=teacher_head,
         teacher=teacher,
     )
+    plain = CausalCollator(tokenizer.pad_token_id)
+    taught = CausalCollator(tokenizer.pad_token_id, ragged=("teacher_hidden", "teacher_prediction"))
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return (taught if "teacher_hidden" in batch[0] else plain)(batch)  # validation rows have no teacher
+
     return Trainer(
         model=module,
         args=context.arguments,
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=CausalCollator(tokenizer.pad_token_id, ragged=ragged),
+        data_collator=collate,
         compute_metrics=perplexity_metrics,
         processing_class=tokenizer,
         cosine_floor=config.training.lr_scheduler_type == "cosine_to_floor",

@@ -97,7 +97,7 @@ def locate(
 def _local(reference: str) -> Path | None:
     """Return an existing path; None for what can only be a hub name."""
     path = Path(reference).expanduser().absolute()
-    if path.exists():
+    if path.exists() and reference.strip():
         return path
     if not hub.HUB_NAME.fullmatch(reference) or reference.endswith(GGUF):
         raise ModelError(f"{reference}: there is no {path}, and it is no hub name. Give {REFERENCE_FORMS}")

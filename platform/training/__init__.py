@@ -1,1 +1,1 @@
-""""""
+"""Training: Ray Train outside, transformers.Trainer inside, DeepSpeed under it."""

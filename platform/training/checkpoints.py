@@ -1,7 +1,7 @@
 """Checkpoints in run storage: a manifest written last, digests, the best and the last few, the newest good one.
 
-A checkpoint is a folder `train/<job>/<attempt>/checkpoint-<step>` that all ranks filled through Ray Train. It counts only
-once its manifest is there, and the manifest is written after every rank's files have arrived.
+A checkpoint is a folder `train/<job>/<attempt>/checkpoint-<step>` that all ranks filled through Ray Train. It counts
+only once its manifest is there, and the manifest is written after every rank's files have arrived.
 """
 
 from __future__ import annotations

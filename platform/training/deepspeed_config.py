@@ -21,8 +21,10 @@ AUTO_KEYS = {
 def deepspeed_config(setting: str | dict[str, Any]) -> dict[str, Any]:
     """Return the DeepSpeed configuration for a preset name, a JSON file, or a configuration itself.
 
-    Batch sizes, clipping and precision are left "auto" in the presets: transformers fills them from the training options.
-    With offloading, `zero_force_ds_cpu_optimizer` is off: plain AdamW then updates on the CPU and no compiler is needed.
+    Batch sizes, clipping and precision are left "auto" in the presets: transformers fills them from the training
+    options.
+    With offloading, `zero_force_ds_cpu_optimizer` is off: plain AdamW then updates on the CPU and no compiler is
+    needed.
 
     Raises:
         ConfigError: unknown preset, missing file, or not a JSON object.

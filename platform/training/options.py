@@ -54,9 +54,7 @@ class TrainingOptions(StrictModel):
         if self.eval_strategy == "steps" and self.eval_steps is None:
             raise ValueError("eval_strategy steps needs eval_steps")
         if self.eval_strategy != self.save_strategy and "no" not in (self.eval_strategy, self.save_strategy):
-            raise ValueError(
-                "eval_strategy and save_strategy must be equal where both are on: a checkpoint is judged by its evaluation"
-            )
+            raise ValueError("eval_strategy and save_strategy must be equal where both are on")
         if self.max_steps == 0:
             raise ValueError("max_steps must be -1 (use the epochs) or at least 1")
         return self

@@ -1,4 +1,4 @@
-"""The callback between transformers.Trainer and the platform: metrics to MLflow, checkpoints and reports to Ray Train."""
+"""The callback between Trainer and platform: metrics to MLflow, checkpoints and reports to Ray Train."""
 
 from __future__ import annotations
 

@@ -60,6 +60,7 @@ def worker_loop(payload: dict[str, Any]) -> dict[str, Any]:
     """
     _settle_process(payload)
     import ray.train
+    import transformers
     from tenfold.platform.tracking import Tracker
     from tenfold.platform.training.report import ReportCallback
 
@@ -119,7 +120,8 @@ def _settle_process(payload: dict[str, Any]) -> None:
     deepspeed_logger.setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     if on_cpu:
-        # The shared-memory all-reduce is compiled at first use (a minute, and a C++ compiler); gloo does the same work.
+        # The shared-memory all-reduce is compiled at first use (a minute, and a C++ compiler); gloo does the same
+        # work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

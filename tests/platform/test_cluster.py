@@ -7,7 +7,6 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-
 from tenfold.platform import cluster, doctor
 from tenfold.platform.cluster import Capacity, check_capacity, cluster_address, connect
 from tenfold.platform.cluster_capacity import NodeShape, local_capacity, read_autoscaling_config

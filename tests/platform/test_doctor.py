@@ -5,7 +5,6 @@ import socket
 
 import pytest
 from rich.console import Console
-
 from tenfold.platform import doctor
 from tenfold.platform.cluster import Capacity
 from tenfold.platform.cluster_capacity import NodeShape

@@ -80,7 +80,8 @@ def test_the_same_file_gives_the_same_run_and_a_changed_one_another():
 def test_help_is_quick_and_imports_neither_torch_nor_ray():
     code = (
         "import sys; sys.argv = ['tenfold', '--help']\nfrom tenfold.platform import cli\n"
-        "try:\n    cli.main()\nexcept SystemExit:\n    pass\nprint(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     )
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
