@@ -38,7 +38,7 @@ OPTIONS = DivergenceOptions(temperature=2.0)
 LARGE = (151936, 2048)
 SMALL = (32000, 512)
 OBJECTIVES = ["sft", *DIVERGENCES, "dual_space_v1", "dual_space_v2"]
-QUICK_OBJECTIVES = ["sft", "forward_kl", "dual_space_v1", "dual_space_v2"]
+QUICK_OBJECTIVES = ["sft", "forward_kl", "dual_space_v2"]
 
 # Peak of the plain formulation in units of tokens * vocabulary * 4 bytes, rounded up from measurements with the
 # counter below; only used to refuse what would not fit.

@@ -114,7 +114,10 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
             tensor_arg: not used.
         """
         samplings = [sampling for _, sampling, _ in self._rows]
-        draws = [uniform(sampling.seed, position) for _, sampling, position in self._rows]
+        draws = [
+            uniform(sampling.seed, position) if sampling.temperature > 0 else 0.0
+            for _, sampling, position in self._rows
+        ]
         tokens = choose_tokens(scores, samplings, draws)
         for (request_id, _, _), logprob in zip(self._rows, logprobs_of(scores, tokens, samplings), strict=True):
             record = self.logprobs.get(request_id)

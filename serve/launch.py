@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 APPLICATION = "language-models"
 READY_SECONDS = 60.0  # from the last model loaded to the first answer through HTTP
 ANSWER_SECONDS = 300.0
+# The user's terminal shows what goes wrong, not every request.
+QUIET = {"log_level": "WARNING"}
 _connected_here = False
 
 
@@ -43,6 +45,8 @@ def run_server(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000
     from tenfold.platform import cluster
     from tenfold.serve.app import build
 
+    for name in ("ray.serve", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     config = _with_fixed_places(config)
     if config.api_keys is not None:
         config.api_keys.load()
@@ -50,6 +54,7 @@ def run_server(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000
     if not ray.is_initialized():
         cluster.connect()
         _connected_here = True
+    _refuse_second()
     try:
         cluster.check_capacity(config.replicas.min, config.replicas.cpus, config.replicas.gpus)
         url = _start_http(host, port)
@@ -64,6 +69,15 @@ def run_server(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000
     if blocking:
         stop_server()
     return url
+
+
+def _refuse_second() -> None:
+    from ray import serve
+
+    if APPLICATION in serve.status().applications:
+        raise ClusterError(
+            f"the application {APPLICATION!r} runs on this cluster already; stop it first (serve shutdown), or use it"
+        )
 
 
 def stop_server() -> None:
@@ -155,7 +169,7 @@ def _start_http(host: str, port: int) -> str:
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         _check_port(host, port)
-        serve.start(http_options={"host": host, "port": port})
+        serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
     elif (client.http_config.host, client.http_config.port) != (host, port):
         there = client.http_config
         raise ClusterError(
@@ -178,7 +192,7 @@ def _deploy(application: Any) -> None:
     from ray import serve
 
     try:
-        serve.run(application, name=APPLICATION, route_prefix="/")
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=QUIET)
     except RuntimeError as error:
         status = serve.status().applications.get(APPLICATION)
         reasons = [status.message, *(part.message for part in status.deployments.values())] if status else []

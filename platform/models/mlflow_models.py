@@ -139,7 +139,9 @@ def _follow(pointer: Path, shown: str) -> Path:
     """
     try:
         content = json.loads(pointer.read_text(encoding="utf-8"))
-        uri, digest = str(content["uri"]), str(content["digest"])
+        uri, digest = content["uri"], content["digest"]
+        if not (isinstance(uri, str) and uri and isinstance(digest, str) and digest):
+            raise ValueError("uri and digest must be text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{shown}: {pointer} is damaged: {error!r}. Log the model again") from error
     try:

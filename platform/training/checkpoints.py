@@ -62,7 +62,7 @@ def write_manifest(storage: Storage, record: CheckpointRecord) -> None:
 def list_checkpoints(storage: Storage, job: str) -> list[CheckpointRecord]:
     """Return the complete checkpoints of a job over all attempts, newest first."""
     records = []
-    for attempt in storage.list(job):
+    for attempt in (name for name in storage.list(job) if name.startswith("attempt-")):
         for name in storage.list(f"{job}/{attempt}"):
             manifest = f"{job}/{attempt}/{name}/{MANIFEST}"
             if name.startswith(PREFIX) and storage.exists(manifest):

@@ -2,7 +2,13 @@
 
 import importlib.resources
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -235,9 +241,10 @@ def test_a_pointer_to_a_model_that_was_replaced_says_so(pointed, tiny_llama):
 
 
 def test_a_pointer_that_is_damaged_says_so(pointed):
-    _, use = pointed(uri=None, digest=["x"])
-    with pytest.raises(ModelError, match=r"cannot be read|no folder"):
-        use()
+    for change in ({"uri": None}, {"digest": 5}, {"digest": ""}):
+        _, use = pointed(**change)
+        with pytest.raises(ModelError, match=r"pointer.json is damaged"):
+            use()
 
 
 def test_a_pointer_to_remote_storage_is_copied_into_the_cache_once(pointed, tmp_path):
@@ -255,6 +262,45 @@ def test_a_pointer_to_remote_storage_is_copied_into_the_cache_once(pointed, tmp_
         assert use() == local
     finally:
         memory.store.clear()
+
+
+@pytest.mark.slow
+def test_models_behind_a_tracking_server_are_downloaded_once(tmp_path, tiny_model_folder):
+    from mlflow import MlflowClient
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    store = [f"--backend-store-uri=sqlite:///{tmp_path}/m.db", f"--artifacts-destination={tmp_path}/artifacts"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([*command, *store], stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                client = MlflowClient(uri)
+                experiment = client.create_experiment("models")
+                break
+            except Exception:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+        whole, pointer = (client.create_run(experiment).info.run_id for _ in range(2))
+        client.log_artifacts(whole, str(tiny_model_folder), "model")
+        content = {"uri": str(tiny_model_folder), "digest": model_digest(tiny_model_folder)}
+        client.log_dict(pointer, content, "model/pointer.json")
+        assert resolve(f"runs:/{pointer}", tracking_uri=uri) == tiny_model_folder
+        folder = resolve(f"runs:/{whole}", tracking_uri=uri)
+        assert folder.is_relative_to(tmp_path / "cache")
+        assert model_digest(folder) == model_digest(tiny_model_folder)
+        written = (folder / "model.safetensors").stat().st_mtime_ns
+        assert resolve(f"runs:/{whole}", tracking_uri=uri) == folder
+        assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
 
 
 # The Hugging Face hub ---------------------------------------------------------------------------------------------
