@@ -42,7 +42,7 @@ QUICK_OBJECTIVES = ["sft", "forward_kl", "dual_space_v2"]
 
 # Peak of the plain formulation in units of tokens * vocabulary * 4 bytes, rounded up from measurements with the
 # counter below; only used to refuse what would not fit.
-PLAIN_UNITS = {"bfloat16": 12.0, "float32": 15.0}
+PLAIN_UNITS = {"bfloat16": 12.5, "float32": 13.5}
 
 
 @dataclass
@@ -275,17 +275,23 @@ def measure_case(
 
 
 def targets_of(rows: list[dict[str, Any]]) -> list[Target]:
-    """Hold the measured ratios against the limits; a cell that was not measured misses its target."""
-    found = {(row["objective"], row["vocabulary"], row["tokens"]): row for row in rows}
-    large = found.get(("dual_space_v2", *LARGE), {"note": "this cell was not asked for"})
-    small = [row for row in rows if (row["vocabulary"], row["tokens"]) == SMALL and "time_ratio" in row]
-    worst = max(small, key=lambda row: row["time_ratio"], default={"objective": "no cell measured"})
-    return [
-        Target("dual_space_v2_memory_ratio", large.get("memory_ratio"), 1 / 8, reason=large.get("note", "")),
-        Target("dual_space_v2_time_ratio", large.get("time_ratio"), 1.2, reason=large.get("note", "")),
-        # Not slower, with 0.05 for the noise of a shared machine.
-        Target("small_size_time_ratio", worst.get("time_ratio"), 1.05, reason=f"worst: {worst['objective']}"),
-    ]
+    """Hold the measured ratios against the limits, as far as their cells were asked for.
+
+    A cell that was asked for and does not fit into the memory misses its target.
+    """
+    targets = []
+    for row in rows:
+        if (row["objective"], row["vocabulary"], row["tokens"]) == ("dual_space_v2", *LARGE):
+            reason = row.get("note", "")
+            targets.append(Target("dual_space_v2_memory_ratio", row.get("memory_ratio"), 1 / 8, reason=reason))
+            targets.append(Target("dual_space_v2_time_ratio", row.get("time_ratio"), 1.2, reason=reason))
+    small = [row for row in rows if (row["vocabulary"], row["tokens"]) == SMALL]
+    if small:
+        worst = max(small, key=lambda row: row.get("time_ratio", float("inf")))
+        # Not slower than plain; the 0.05 is for the noise of a shared machine.
+        reason = f"worst: {worst['objective']}" + (f", {worst['note']}" if "note" in worst else "")
+        targets.append(Target("small_size_time_ratio", worst.get("time_ratio"), 1.05, reason=reason))
+    return targets
 
 
 def main() -> int:

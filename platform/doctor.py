@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +52,7 @@ class _Subject:
     tracking_uri: str
     start_ray: bool
     capacity: Capacity | None = None
-    address: str | None = field(default=None)
+    address: str | None = None
 
 
 def checks(

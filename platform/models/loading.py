@@ -127,7 +127,8 @@ def load_causal_lm(source: ModelSource, *, seed: int = 0, dtype: str | torch.dty
 
     Args:
         source: which model. Only safetensors and GGUF are read, nothing is unpickled.
-        seed: decides a fresh model's weights, together with the dtype; the global random state is left alone.
+        seed: decides a fresh model's weights, together with the dtype and with whether ZeRO-3 is on (transformers then
+            draws them in another order); the global random state is left alone.
         dtype: overrides the source's: "float32", torch.bfloat16, ... or "auto".
 
     Raises:

@@ -88,7 +88,7 @@ def test_log_probabilities_are_the_models_own_before_temperature_and_top_p():
     sampling = Sampling(temperature=0.1, top_p=0.5, num_top_logprobs=2)
     (found,) = logprobs_of(LOGITS, torch.tensor([3]), [sampling])
     assert found.chosen == pytest.approx(math.log(0.1))
-    assert [token for token, _ in found.top][0] == 0
+    assert found.top[0][0] == 0
     assert [value for _, value in found.top] == pytest.approx([math.log(0.5), math.log(0.2)])
 
 

@@ -1,0 +1,62 @@
+"""Every entry of the method table goes through config, two steps, save, resume and evaluate, with real Ray and DeepSpeed."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tenfold.platform import cluster
+from tenfold.platform.errors import ConfigError
+from tenfold.platform.experiment import load_experiment
+from tenfold.platform.method import method_names
+from tenfold.platform.models.manifest import verify_manifest
+from tenfold.platform.run import evaluate, find_run, plan, run
+from tenfold.platform.storage import Storage
+from tenfold.platform.training.checkpoints import list_checkpoints
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session():
+    cluster.connect(num_cpus=2, include_dashboard=False)
+    yield
+    cluster.shutdown()
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_method_runs_saves_resumes_and_evaluates(name, tmp_path):
+    def load(*more):
+        return load_experiment(
+            str(Path(__file__).parent / name / "contract.yaml"),
+            [f"storage={tmp_path / 'runs'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", *more],
+        )
+
+    loaded = load()
+    assert plan(loaded)
+    result = run(loaded)
+    assert all(math.isfinite(value) for value in result.outcome.metrics.values())
+    storage = Storage(result.uri)
+    records = list_checkpoints(storage, "train/train")
+    assert [record.step for record in records] == [2, 1]
+    verify_manifest(storage.local_path(result.outcome.model))
+
+    with pytest.raises(ConfigError, match="finished already"):
+        run(loaded)
+
+    # An interrupted run: the newest checkpoint is damaged, so it resumes from the one before and ends the same.
+    storage.delete("train/train/done.json")
+    storage.delete("models")
+    state = json.loads(storage.read_text("run.json"))
+    storage.write_text("run.json", json.dumps(state | {"status": "running"}))
+    weights = storage.local_path(records[0].path) / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:100])
+    again = run(loaded)
+    assert again.outcome.metrics["eval/nll"] == result.outcome.metrics["eval/nll"]
+    resumed = [r for r in list_checkpoints(storage, "train/train") if "attempt-001" not in r.path]
+    assert [record.step for record in resumed] == [2]
+    assert (storage.local_path(resumed[0].path) / "model.safetensors").read_bytes() == before
+
+    measured = evaluate(find_run(result.run_id, str(tmp_path / "runs")))
+    assert measured["eval/nll"] == pytest.approx(result.outcome.metrics["eval/nll"], rel=1e-6)
