@@ -1,4 +1,4 @@
-"""Every entry of the method table goes through config, two steps, save, resume and evaluate, with real Ray and DeepSpeed."""
+"""Every method of the table goes through config, two steps, save, resume and evaluate, with real Ray and DeepSpeed."""
 
 import json
 import math
