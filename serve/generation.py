@@ -15,7 +15,7 @@ from tenfold.serve.errors import ApiError
 from tenfold.serve.sampling import Sampling, TokenLogprob
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LanguageModel:
     ) -> None:
         self.name = served.name
         self.tokenizer = tokenizer
-        self.max_context = max_context(served, model)
+        self.max_context = max_context(served, model.config)
         self.vocabulary_size = int(model.get_input_embeddings().num_embeddings)
         self.engine = Engine(
             model,
@@ -214,13 +214,17 @@ class _LogprobTrail:
         return ready
 
 
-def max_context(served: ServedModel, model: PreTrainedModel) -> int:
+def max_context(served: ServedModel, config: PretrainedConfig) -> int:
     """Return how many tokens prompt and answer may have together.
+
+    Args:
+        served: what the server's configuration says.
+        config: the model's own.
 
     Raises:
         ConfigError: the model does not say and the configuration neither, or the configuration says more.
     """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if served.max_context is None and most is None:
         raise ConfigError(f"models: {served.name}: the model does not say how long its context is; set max_context")
     if served.max_context is not None and most is not None and served.max_context > most:

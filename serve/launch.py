@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.platform.errors import ClusterError, TenfoldError
-from tenfold.serve.config import ServeConfig
+from tenfold.serve.config import Replicas, ServeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def run_server(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000
         _connected_here = True
     _refuse_second()
     try:
-        cluster.check_capacity(config.replicas.min, config.replicas.cpus, config.replicas.gpus)
+        _check_capacity(config.replicas)
         url = _start_http(host, port)
         _deploy(application)
         _wait_until_ready(url)
@@ -87,14 +87,14 @@ def stop_server() -> None:
     from ray import serve
     from tenfold.platform import cluster
 
-    if ray.is_initialized():
+    if ray.is_initialized() and _serve_client() is not None:
         running = serve.status().applications
         if APPLICATION in running:
             serve.delete(APPLICATION)
         if not running.keys() - {APPLICATION}:
             serve.shutdown()
-        if _connected_here:
-            cluster.shutdown()
+    if _connected_here:
+        cluster.shutdown()
     _connected_here = False
 
 
@@ -140,14 +140,20 @@ def _message(response: Any) -> str:
 def _with_fixed_places(config: ServeConfig) -> ServeConfig:
     """Return the configuration with absolute folders in place of references: replicas run in another folder.
 
-    Hub names stay, so that every node fetches its own copy.
+    Raises:
+        ModelError: a model is missing or damaged.
+        ConfigError: a context is longer than its model's.
     """
     from tenfold.platform.models.loading import resolve
+    from tenfold.serve.generation import max_context
+    from transformers import AutoConfig
 
     models = []
     for model in config.models:
         logger.info("checking %s: %s", model.name, model.model)
         folder = resolve(model.source)
+        if config.engine == "transformers":
+            max_context(model, AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code))
         tokenizer = model.tokenizer
         if tokenizer is not None and Path(tokenizer).expanduser().exists():
             tokenizer = str(Path(tokenizer).expanduser().absolute())
@@ -161,12 +167,24 @@ def _with_fixed_places(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update=update)
 
 
+def _check_capacity(replicas: Replicas) -> None:
+    from tenfold.platform import cluster
+
+    have = cluster.capacity()
+    fit = have.room(replicas.cpus, replicas.gpus)
+    if fit < replicas.min and have.autoscaler != "unknown":
+        raise ClusterError(
+            f"replicas.min = {replicas.min} of {replicas.cpus:g} CPU and {replicas.gpus:g} GPU each do not fit: the "
+            f"cluster has {have.cpus:g} CPU and {have.gpus:g} GPU on {have.nodes} node(s), room for {fit}. Lower "
+            f"replicas.min, cpus or gpus, or use a bigger cluster (RAY_ADDRESS=host:port)"
+        )
+
+
 def _start_http(host: str, port: int) -> str:
     """Start Serve's HTTP proxy, or make sure that the one there listens where it should."""
     from ray import serve
-    from ray.serve.context import _get_global_client
 
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = _serve_client()
     if client is None:
         _check_port(host, port)
         serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
@@ -177,6 +195,13 @@ def _start_http(host: str, port: int) -> str:
             f"address, or stop it first (serve shutdown)"
         )
     return f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}"
+
+
+def _serve_client() -> Any:
+    """Return the connection to this cluster's Serve, None where it does not run; Serve has no public call for it."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -197,7 +222,15 @@ def _deploy(application: Any) -> None:
         status = serve.status().applications.get(APPLICATION)
         reasons = [status.message, *(part.message for part in status.deployments.values())] if status else []
         reason = next((text for text in reversed(reasons) if text), str(error))
-        raise ClusterError(f"the models did not start: {reason.strip()}") from error
+        raise ClusterError(f"the models did not start: {_first_cause(reason)}") from error
+
+
+def _first_cause(text: str) -> str:
+    """Return the message of an error of ours from a remote traceback, or else its last line."""
+    _, found, message = text.rpartition("tenfold.platform.errors.")
+    if found:
+        return message.partition(": ")[2].strip()
+    return text.strip().splitlines()[-1]
 
 
 def _wait_until_ready(url: str) -> None:

@@ -3,8 +3,8 @@
 N rows (tokens), V vocabulary. q = softmax(student logits / tau) is the student's distribution and p = softmax(teacher
 logits / tau / tau_teacher) the teacher's. The teacher is a constant in all of them, and none is multiplied by tau^2.
 
-The names and formulas follow DSKD (arXiv 2406.17328, section 2 and appendix); skewed KL is due to DistiLLM (arXiv
-2402.03898), adaptive KL to arXiv 2404.02657, the generalised JS to GKD (arXiv 2306.13649).
+The first six of `DIVERGENCES` are those that DSKD (arXiv 2406.17328) compares, with its defaults. Skewed KL is due to
+DistiLLM (arXiv 2402.03898), adaptive KL to arXiv 2404.02657, the generalised JS to GKD (arXiv 2306.13649).
 """
 
 import math
@@ -20,7 +20,7 @@ class DivergenceOptions:
     """Numbers that shape a divergence; each is read only by the divergences that name it.
 
     Attributes:
-        temperature: tau > 0, divides both logits. The usual value for distillation is 2 (arXiv 2406.17328, section 4).
+        temperature: tau > 0, divides both logits. DSKD's experiments use 2.
         teacher_temperature: > 0, divides the teacher's logits once more.
         skew_lambda: lambda in [0, 1), the share mixed in by `skewed_forward_kl` and `skewed_reverse_kl`.
         adaptive_alpha: a in [0, 1], the probability mass that `adaptive_kl` counts as the tail.

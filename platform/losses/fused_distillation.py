@@ -68,7 +68,7 @@ def fused_linear_distillation(
           + sum_r teacher_target_weight[r] CE(teacher_r, teacher_targets[r])
 
     With the factors in the weights it is the white-box distillation loss (1 - alpha) CE + alpha KD. The third sum is
-    the one that trains DSKD's projector of the teacher's states (arXiv 2406.17328, section 3): its gradient goes to
+    the one that trains DSKD's projector of the teacher's states (arXiv 2406.17328): its gradient goes to
     `teacher_hidden` and to nothing else, and the divergence's never goes there.
 
     Args:

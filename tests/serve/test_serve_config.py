@@ -82,7 +82,7 @@ def test_the_cache_is_bounded_by_memory_and_by_what_can_be_used():
 def test_a_cache_too_small_for_one_request_names_both_numbers():
     from tenfold.serve.engine import PAGE_SIZE, num_cache_blocks
 
-    with pytest.raises(ConfigError, match=r"holds the keys and values of 320 tokens, max_context = 321 needs 0\.0"):
+    with pytest.raises(ConfigError, match=r"holds the keys and values of 320 tokens, max_context = 321 needs 0\.344"):
         num_cache_blocks(2**20, cache_gb=320 / 1024, max_context=10 * PAGE_SIZE + 1, max_running=4)
 
 

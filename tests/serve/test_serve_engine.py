@@ -163,7 +163,7 @@ def test_closing_the_iterator_takes_the_request_out_of_the_batch(make_engine):
 
 
 def test_more_requests_than_the_cache_holds_all_get_their_whole_answer(make_engine):
-    # 4 KiB a token here: 16 blocks of 32 tokens, each request reserves 7 of them.
+    # 512 bytes a token here: 16 blocks of 32 tokens, each request reserves 7 of them.
     engine = make_engine(eos_token_ids=[], max_context=224, cache_gb=16 * 32 * 512 / 2**30)
     assert engine.admission.num_blocks == 16
 
@@ -206,6 +206,8 @@ def test_a_generation_thread_that_dies_fails_its_requests_and_the_health_check(m
     monkeypatch.setattr(engine._manager.model, "forward", broken)
     with pytest.raises(EngineError, match="no memory left"):
         asyncio.run(asyncio.wait_for(collect(engine, prompts(1)[0]), 20))
+    # the request fails at once, the thread ends a moment later
+    engine._manager._generation_thread.join(20)
     with pytest.raises(EngineError, match="no memory left"):
         engine.check()
     with pytest.raises(EngineError):
