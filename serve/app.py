@@ -33,7 +33,7 @@ def _build_own(config: ServeConfig) -> Application:
     limits, replicas = config.limits, config.replicas
     # The replicas refuse with OpenAI's error body; Serve's own limit is behind it.
     ongoing = len(config.models) * (limits.max_running + limits.max_waiting) + SPARE_REQUESTS
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         serve.ingress()(LanguageModels),
         name="LanguageModels",
         max_ongoing_requests=ongoing,

@@ -94,6 +94,12 @@ class Limits(StrictModel):
     max_running: int = Field(16, ge=1, description="requests of one model that are generated in one batch")
     max_waiting: int = Field(64, ge=0, description="requests of one model that wait for it; more are answered by 429")
     max_batch_tokens: int = Field(512, ge=16, description="tokens in one forward pass; longer prompts take several")
+    stream_interval_s: float = Field(
+        0.02,
+        ge=0,
+        description="seconds between the events of one stream: faster tokens share an event, because Serve passes on "
+        "every event by itself; 0 sends each token alone",
+    )
     retry_after_s: int = Field(1, ge=1, description="seconds in the Retry-After of a 429")
 
 

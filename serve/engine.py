@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 PAGE_SIZE = 32  # tokens in a cache block; small, so that a short request reserves little
 HEALTH_SECONDS = 2.0  # a request that hears nothing for so long looks whether the thread is alive
 STOP_SECONDS = 30.0  # longest wait for the step that is running
+FinishReason = Literal["stop", "length"]
 
 
 class EngineError(Exception):
@@ -57,7 +58,7 @@ class Token:
 
     token_id: int
     logprob: TokenLogprob | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
 
 
 @dataclass
@@ -193,7 +194,7 @@ class Engine:
         blocks = num_cache_blocks(bytes_per_token, cache_gb=cache_gb, max_context=max_context, max_running=max_running)
         self.admission = Admission(num_blocks=blocks, max_running=max_running, max_waiting=max_waiting)
         self._sampler = RequestSampler()
-        self._manager = model.init_continuous_batching(
+        self._manager = model.init_continuous_batching(  # type: ignore[operator]
             generation_config=GenerationConfig(do_sample=False, eos_token_id=sorted(self.eos_token_ids) or [-1]),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_SIZE,
@@ -304,7 +305,7 @@ class Engine:
         tokens = [Token(token_id, logprob) for token_id, logprob in zip(ids, logprobs, strict=True)]
         if finished and tokens:
             last = tokens[-1]
-            reason: Literal["stop", "length"] = "stop" if last.token_id in self.eos_token_ids else "length"
+            reason: FinishReason = "stop" if last.token_id in self.eos_token_ids else "length"
             tokens[-1] = Token(last.token_id, last.logprob, reason)
         return tokens
 

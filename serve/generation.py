@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import ConfigError
 from tenfold.serve.config import Limits, ServedModel
 from tenfold.serve.decoding import StopMatcher, TextDecoder
-from tenfold.serve.engine import Engine
+from tenfold.serve.engine import Engine, FinishReason
 from tenfold.serve.errors import ApiError
 from tenfold.serve.sampling import Sampling, TokenLogprob
 
@@ -47,7 +47,7 @@ class Piece:
     text: str
     logprobs: tuple[PlacedLogprob, ...]
     num_tokens: int
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class LanguageModel:
@@ -69,7 +69,8 @@ class LanguageModel:
         self.name = served.name
         self.tokenizer = tokenizer
         self.max_context = max_context(served, model.config)
-        self.vocabulary_size = int(model.get_input_embeddings().num_embeddings)
+        embeddings: Any = model.get_input_embeddings()
+        self.vocabulary_size = int(embeddings.weight.shape[0])
         self.engine = Engine(
             model,
             eos_token_ids=eos_token_ids(model, tokenizer),
@@ -107,7 +108,9 @@ class LanguageModel:
                 code="no_chat_template",
             )
         try:
-            encoded = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True)
+            encoded: Any = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True
+            )
         except TemplateError as error:
             raise ApiError(
                 400, f"the chat template of {self.name} refuses these messages: {error}", param="messages"
@@ -176,21 +179,21 @@ class LanguageModel:
                 if token.finish_reason is not None:
                     text += matcher.finish()
                 sent += len(text)
-                reason = "stop" if matcher.matched else token.finish_reason
+                reason: FinishReason | None = "stop" if matcher.matched else token.finish_reason
                 whole = token.finish_reason is not None and not matcher.matched
                 yield Piece(text, trail.release(decoded + 1 if whole else sent), count, reason)
                 if reason is not None:
                     return
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_text(self, token_id: int) -> str:
         """Return a token as text, as it reads behind another one; bytes of a part of a character become U+FFFD."""
         text = self._token_texts.get(token_id)
         if text is None:
             before, behind = (
-                self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
                 for ids in (self._anchor, [*self._anchor, token_id])
             )
             text = self._token_texts[token_id] = behind[len(before) :]
@@ -224,14 +227,14 @@ def max_context(served: ServedModel, config: PretrainedConfig) -> int:
     Raises:
         ConfigError: the model does not say and the configuration neither, or the configuration says more.
     """
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    most: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
     if served.max_context is None and most is None:
         raise ConfigError(f"models: {served.name}: the model does not say how long its context is; set max_context")
     if served.max_context is not None and most is not None and served.max_context > most:
         raise ConfigError(
             f"models: {served.name}: max_context = {served.max_context}, the model was made for {most}; lower it"
         )
-    return int(served.max_context or most)
+    return int(served.max_context if served.max_context is not None else most)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -42,19 +42,24 @@ def run_server(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000
     """
     global _connected_here
     import ray
+    from ray import serve
     from tenfold.platform import cluster
     from tenfold.serve.app import build
 
-    for name in ("ray.serve", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _quiet()
     config = _with_fixed_places(config)
     if config.api_keys is not None:
         config.api_keys.load()
     application = build(config.model_dump(mode="json", exclude_unset=True))
-    if not ray.is_initialized():
-        cluster.connect()
-        _connected_here = True
-    _refuse_second()
+    connected_here = not ray.is_initialized()
+    cluster.connect()
+    if _serve_client() is not None and APPLICATION in serve.status().applications:
+        if connected_here:
+            cluster.shutdown()
+        raise ClusterError(
+            f"the application {APPLICATION!r} runs on this cluster already; stop it first (serve shutdown), or use it"
+        )
+    _connected_here = connected_here
     try:
         _check_capacity(config.replicas)
         url = _start_http(host, port)
@@ -71,13 +76,11 @@ def run_server(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000
     return url
 
 
-def _refuse_second() -> None:
-    from ray import serve
+def _quiet() -> None:
+    import ray.serve  # noqa: F401  (sets its logger's level when it is imported)
 
-    if APPLICATION in serve.status().applications:
-        raise ClusterError(
-            f"the application {APPLICATION!r} runs on this cluster already; stop it first (serve shutdown), or use it"
-        )
+    for name in ("ray.serve", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def stop_server() -> None:
@@ -154,11 +157,11 @@ def _with_fixed_places(config: ServeConfig) -> ServeConfig:
         folder = resolve(model.source)
         if config.engine == "transformers":
             max_context(model, AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code))
-        tokenizer = model.tokenizer
-        if tokenizer is not None and Path(tokenizer).expanduser().exists():
-            tokenizer = str(Path(tokenizer).expanduser().absolute())
-        # A converted file's digest is that of the file, not of the folder; it has been compared by now.
-        changes = {"model": str(folder.absolute()), "tokenizer": tokenizer, "sha256": None, "revision": None}
+        changes: dict[str, Any] = {"model": str(folder.absolute())}
+        if model.tokenizer is not None and Path(model.tokenizer).expanduser().exists():
+            changes["tokenizer"] = str(Path(model.tokenizer).expanduser().absolute())
+        # They have been compared by now, and a converted file's digest is not that of its folder.
+        changes |= {name: None for name in ("sha256", "revision") if getattr(model, name) is not None}
         models.append(model.model_copy(update=changes))
     update: dict[str, Any] = {"models": models}
     if config.api_keys is not None and config.api_keys.file is not None:
@@ -239,7 +242,9 @@ def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while True:
         try:
-            if httpx.get(f"{url}/healthz", timeout=5).status_code == httpx.codes.OK:
+            # Both engines have this path; before the application is there, Serve itself answers 404.
+            status = httpx.get(f"{url}/v1/models", timeout=5).status_code
+            if status in (httpx.codes.OK, httpx.codes.UNAUTHORIZED):
                 return
         except httpx.HTTPError as error:
             logger.debug("%s: %r", url, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from ray.serve import metrics
 
@@ -16,7 +16,8 @@ class ServerMetrics:
     """Counters and histograms of one replica. Serve adds tags for application, deployment and replica."""
 
     def __init__(self) -> None:
-        tags = ("model", "endpoint")
+        # Ray's annotation allows one tag, Ray itself any number.
+        tags: Any = ("model", "endpoint")
         self._requests = metrics.Counter(
             "tenfold_requests", description="requests by HTTP status; 499: the client left", tag_keys=(*tags, "status")
         )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -18,7 +20,7 @@ from tenfold.serve.admission import Busy
 from tenfold.serve.config import ServeConfig
 from tenfold.serve.engine import EngineError
 from tenfold.serve.errors import ApiError
-from tenfold.serve.generation import LanguageModel, PlacedLogprob, load_language_model
+from tenfold.serve.generation import LanguageModel, Piece, PlacedLogprob, load_language_model
 from tenfold.serve.metrics import CLIENT_LEFT, Endpoint, Measurement, ServerMetrics
 from tenfold.serve.responses import DONE, ChatAnswer, CompletionAnswer, event, usage
 from tenfold.serve.sampling import Sampling
@@ -27,7 +29,6 @@ from tenfold.serve.schemas import ChatRequest, CompletionRequest, parse
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Send
-    from tenfold.serve.generation import Piece
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,8 @@ class LanguageService:
             return JSONResponse(body)
         # The first token is awaited here, so that a busy or dead engine is still answered by a status.
         first = await unless_gone(request, anext(pieces))
-        return EventStream(_events(first, pieces, answer, len(prompt_ids), measurement, options.include_usage))
+        stream = _Stream(answer, len(prompt_ids), measurement, options.include_usage, self.limits.stream_interval_s)
+        return EventStream(stream.events(first, pieces))
 
 
 async def _whole(
@@ -236,37 +238,52 @@ async def _whole(
     return answer.whole("".join(texts), logprobs, reason, usage(prompt_tokens, count))
 
 
-async def _events(
-    first: Piece,
-    pieces: AsyncIterator[Piece],
-    answer: CompletionAnswer,
-    prompt_tokens: int,
-    measurement: Measurement,
-    include_usage: bool,
-) -> AsyncIterator[str]:
-    """Yield the events of a stream; an engine that dies is an error event without [DONE]."""
-    measurement.token()
-    count = first.num_tokens
-    status: int | str = CLIENT_LEFT
-    try:
-        for chunk in answer.opening():
-            yield event(chunk)
+@dataclass(frozen=True)
+class _Stream:
+    """One streamed answer."""
+
+    answer: CompletionAnswer
+    prompt_tokens: int
+    measurement: Measurement
+    include_usage: bool
+    interval_s: float
+
+    async def events(self, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+        """Yield the events of a stream; an engine that dies is an error event without [DONE]."""
+        self.measurement.token()
+        count = first.num_tokens
+        status: int | str = CLIENT_LEFT
+        try:
+            for chunk in self.answer.opening():
+                yield event(chunk)
+            async with aclosing(self._merged(first, pieces)) as merged:  # type: ignore[type-var]
+                async for piece in merged:
+                    count = piece.num_tokens
+                    yield event(self.answer.chunk(piece.text, piece.logprobs, piece.finish_reason))
+            if self.include_usage:
+                yield event(self.answer.closing(usage(self.prompt_tokens, count)))
+            status = 200
+            yield DONE
+        except EngineError as error:
+            status = 503
+            yield event(ApiError(503, f"the answer is incomplete: {error}; try again later", code="engine_dead").body)
+        finally:
+            self.measurement.end(status, prompt_tokens=self.prompt_tokens, completion_tokens=count)
+
+    async def _merged(self, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+        """Yield pieces with something in them, those that come within `interval_s` of the last one joined."""
+        sent = -math.inf
+        text = ""
+        logprobs: tuple[PlacedLogprob, ...] = ()
         async with aclosing(pieces):  # type: ignore[type-var]
             piece: Piece | None = first
             while piece is not None:
-                count = piece.num_tokens
-                if piece.text or piece.logprobs or piece.finish_reason:
-                    yield event(answer.chunk(piece.text, piece.logprobs, piece.finish_reason))
+                text, logprobs = text + piece.text, logprobs + piece.logprobs
+                due = time.monotonic() - sent >= self.interval_s
+                if piece.finish_reason or (due and (text or logprobs)):
+                    yield replace(piece, text=text, logprobs=logprobs)
+                    sent, text, logprobs = time.monotonic(), "", ()
                 piece = await anext(pieces, None)
-        if include_usage:
-            yield event(answer.closing(usage(prompt_tokens, count)))
-        status = 200
-        yield DONE
-    except EngineError as error:
-        status = 503
-        yield event(ApiError(503, f"the answer is incomplete: {error}; try again later", code="engine_dead").body)
-    finally:
-        measurement.end(status, prompt_tokens=prompt_tokens, completion_tokens=count)
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:

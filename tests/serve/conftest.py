@@ -1,11 +1,23 @@
 """A real HTTP server with real tiny models, in this process and without Ray."""
 
+import shutil
 import socket
 import threading
 import time
 from contextlib import contextmanager
 
+import httpx
+import openai
 import pytest
+
+LIMITS = {
+    "max_body_bytes": 4000,
+    "max_messages": 4,
+    "default_max_tokens": 12,
+    "max_running": 4,
+    "max_waiting": 2,
+    "stream_interval_s": 0,
+}
 
 
 @contextmanager
@@ -17,6 +29,7 @@ def http_server(data):
     from tenfold.serve.config import parse_config
     from tenfold.serve.service import LanguageService
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     service = LanguageService.load(parse_config(data), device="cpu")
     listener = socket.socket()
@@ -33,9 +46,62 @@ def http_server(data):
         server.should_exit = True
         thread.join()
         listener.close()
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def start_http_server():
     """Return the context manager `http_server`."""
     return http_server
+
+
+@pytest.fixture(scope="module")
+def base_folder(tiny_model_folder, tmp_path_factory):
+    """Return the tiny model without its chat template."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(start_http_server, tiny_model_folder, base_folder):
+    models = [
+        {"name": "tiny", "model": str(tiny_model_folder)},
+        {"name": "base", "model": str(base_folder), "max_context": 64},
+        {"name": "stories", "model": "sample:models/stories260K"},
+    ]
+    with start_http_server({"models": models, "limits": LIMITS}) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    return server[0]
+
+
+@pytest.fixture(scope="module")
+def engines(server):
+    return {name: model.engine for name, model in server[1].models.items()}
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="not needed", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def limits():
+    """Return the limits of `server`."""
+    return LIMITS
+
+
+@pytest.fixture(scope="session")
+def post():
+    """Return post(url, body, path="completions") -> response, for what the client would not send."""
+
+    def send(url, body, path="completions"):
+        return httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
+
+    return send

@@ -155,6 +155,8 @@ def test_places_are_fixed_before_they_go_to_other_processes(tiny_model_folder, t
     fixed = _with_fixed_places(parse_config(data))
     assert fixed.models[0].model == str(tiny_model_folder)
     assert fixed.api_keys.file == str(tiny_model_folder.parent / "keys")
+    # What was not said stays unsaid: engine: vllm refuses options that it does not know.
+    assert fixed.models[0].model_fields_set == {"name", "model"}
 
 
 def test_the_configuration_is_checked_without_heavy_imports():

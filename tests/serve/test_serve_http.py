@@ -1,8 +1,6 @@
 """The HTTP interface with real tiny models, through the official client and, where it matters, byte by byte."""
 
 import json
-import shutil
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,47 +10,6 @@ import pytest
 import torch
 
 CHAT = [{"role": "user", "content": "Convert 45 kilometers to meters."}]
-LIMITS = {"max_body_bytes": 4000, "max_messages": 4, "default_max_tokens": 12, "max_running": 4, "max_waiting": 2}
-
-
-@pytest.fixture(scope="module")
-def base_folder(tiny_model_folder, tmp_path_factory):
-    """Return the tiny model without its chat template."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(tiny_model_folder, folder)
-    (folder / "chat_template.jinja").unlink()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(start_http_server, tiny_model_folder, base_folder):
-    models = [
-        {"name": "tiny", "model": str(tiny_model_folder)},
-        {"name": "base", "model": str(base_folder), "max_context": 64},
-        {"name": "stories", "model": "sample:models/stories260K"},
-    ]
-    with start_http_server({"models": models, "limits": LIMITS}) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def url(server):
-    return server[0]
-
-
-@pytest.fixture(scope="module")
-def engines(server):
-    return {name: model.engine for name, model in server[1].models.items()}
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="not needed", max_retries=0) as made:
-        yield made
-
-
-def post(url, body, path="completions"):
-    return httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
 
 
 def wait_until(condition, seconds=10):
@@ -117,9 +74,9 @@ def test_a_chat_answer_goes_through_the_models_template(client, tiny_tokenizer):
     assert chat.usage.prompt_tokens == len(ids)
 
 
-def test_a_chat_answer_has_the_configured_length_where_nothing_is_said(client):
+def test_a_chat_answer_has_the_configured_length_where_nothing_is_said(client, limits):
     answer = client.chat.completions.create(model="tiny", messages=CHAT, seed=2, temperature=0.1)
-    assert answer.usage.completion_tokens <= LIMITS["default_max_tokens"]
+    assert answer.usage.completion_tokens <= limits["default_max_tokens"]
     longer = client.chat.completions.create(
         model="tiny", messages=CHAT, seed=2, temperature=0.1, max_completion_tokens=30
     )
@@ -138,6 +95,23 @@ def test_a_streamed_answer_is_the_whole_answer_in_pieces(client):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_fast_tokens_share_an_event_but_the_first_comes_alone(start_http_server, post):
+    data = {
+        "models": [{"name": "stories", "model": "sample:models/stories260K"}],
+        "limits": {"stream_interval_s": 60.0},
+    }
+    body = {"model": "stories", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 20, "logprobs": 0}
+    with start_http_server(data) as (url, _):
+        whole = post(url, body).json()["choices"][0]
+        lines = post(url, body | {"stream": True}).text.split("\n\n")
+    first, rest = (json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:2])
+    assert lines[2:] == ["data: [DONE]", ""]
+    assert first["text"] == ","
+    assert first["text"] + rest["text"] == whole["text"]
+    assert first["logprobs"]["tokens"] + rest["logprobs"]["tokens"] == whole["logprobs"]["tokens"]
+    assert rest["finish_reason"] == "length"
+
+
 def test_a_chat_stream_begins_with_the_role_and_ends_with_a_reason(client):
     options = {"model": "tiny", "messages": CHAT, "temperature": 0, "max_tokens": 12}
     chunks = list(client.chat.completions.create(**options, stream=True))
@@ -148,7 +122,7 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_a_reason(client):
     assert all(chunk.usage is None for chunk in chunks)
 
 
-def test_the_stream_is_server_sent_events_that_end_with_done(url):
+def test_the_stream_is_server_sent_events_that_end_with_done(url, post):
     body = {"model": "stories", "prompt": "Once", "max_tokens": 3, "temperature": 0, "stream": True}
     answer = post(url, body)
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -262,196 +236,12 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_whole_answer_ends_its_gener
     assert engine.admission.num_running == 0
 
 
-def test_too_many_requests_are_refused_with_when_to_come_back(url, engines):
-    body = {"model": "stories", "prompt": "Once", "max_tokens": 480, "temperature": 0}
-    answers = []
-    threads = [threading.Thread(target=lambda: answers.append(post(url, body))) for _ in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    statuses = sorted(answer.status_code for answer in answers)
-    assert statuses.count(200) >= LIMITS["max_running"] + LIMITS["max_waiting"]
-    assert 429 in statuses
-    refused = next(answer for answer in answers if answer.status_code == 429)
-    assert refused.headers["retry-after"] == "1"
-    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert len({answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}) == 1
-
-
-def test_an_unknown_model_is_404_and_names_those_that_exist(client):
-    with pytest.raises(openai.NotFoundError, match="did you mean stories") as caught:
-        client.completions.create(model="storys", prompt="x")
-    assert caught.value.code == "model_not_found"
-    assert "tiny, base, stories" in caught.value.message
-
-
-def test_a_model_without_chat_template_says_so(client):
-    with pytest.raises(openai.BadRequestError, match="no chat template") as caught:
-        client.chat.completions.create(model="base", messages=CHAT)
-    assert caught.value.code == "no_chat_template"
-
-
-def test_too_long_a_prompt_is_400_and_names_both_numbers(client):
-    with pytest.raises(
-        openai.BadRequestError, match=r"the prompt has 60 tokens and 5 more .* base holds 64"
-    ) as caught:
-        client.completions.create(model="base", prompt=[5] * 60, max_tokens=5)
-    assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="the prompt has 64 tokens and 1 more"):
-        client.completions.create(model="base", prompt=[5] * 64)
-
-
-def test_a_default_length_gives_way_to_a_long_prompt(client):
-    answer = client.completions.create(model="base", prompt=[5] * 60, temperature=0)
-    assert answer.usage.completion_tokens <= 4
-
-
-def test_a_token_that_the_model_does_not_have_is_400_and_harms_nobody(client, url):
-    for token in (320, -1):
-        with pytest.raises(openai.BadRequestError, match=f"no token {token}; tiny has 0 to 319"):
-            client.completions.create(model="tiny", prompt=[5, token])
-    assert httpx.get(f"{url}/healthz").status_code == 200
-
-
-def test_an_empty_prompt_is_400(client):
-    with pytest.raises(openai.BadRequestError, match="gives no token"):
-        client.completions.create(model="tiny", prompt="")
-
-
-@pytest.mark.parametrize(
-    ("content", "status", "code"),
-    [
-        (b"{not json", 400, "invalid_json"),
-        (b"\xff\xfe", 400, "invalid_json"),
-        (b"[" * 3000, 400, "invalid_json"),
-        (b"[]", 400, None),
-        (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "invalid_value"),
-        (b'{"model": "tiny", "prompt": "' + b"a" * 4000 + b'"}', 413, "request_too_large"),
-    ],
-)
-def test_bad_bodies_get_an_error_in_openais_form(url, content, status, code):
-    answer = httpx.post(f"{url}/v1/completions", content=content)
-    assert answer.status_code == status
-    error = answer.json()["error"]
-    assert error["code"] == code
-    assert set(error) == {"message", "type", "param", "code"}
-
-
-def test_a_long_body_of_unknown_length_is_refused_too(url):
-    answer = httpx.post(f"{url}/v1/completions", content=iter([b"a" * 3000, b"b" * 3000]))
-    assert answer.status_code == 413
-
-
-def test_too_many_messages_are_refused(client):
-    with pytest.raises(openai.BadRequestError, match="messages: 5 of them, this server takes 4"):
-        client.chat.completions.create(model="tiny", messages=CHAT * 5)
-
-
-def test_a_message_the_template_refuses_is_400(start_http_server, tiny_model_folder, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model_folder, folder)
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('only one message is allowed') }}")
-    with start_http_server({"models": [{"name": "strict", "model": str(folder)}]}) as (url, _):
-        answer = post(url, {"model": "strict", "messages": CHAT}, "chat/completions")
-    assert answer.status_code == 400
-    assert "only one message is allowed" in answer.json()["error"]["message"]
-
-
-def test_unknown_paths_and_methods_have_openais_form(url):
-    assert httpx.get(f"{url}/v2").json()["error"]["message"] == "GET /v2: Not Found"
-    answer = httpx.get(f"{url}/v1/completions")
-    assert answer.status_code == 405
-    assert answer.json()["error"]["type"] == "invalid_request_error"
-
-
-def test_keys_are_wanted_everywhere_under_v1(start_http_server, tiny_model_folder, tmp_path):
-    (tmp_path / "keys").write_text("right-key\nother-key\n")
-    data = {
-        "models": [{"name": "tiny", "model": str(tiny_model_folder)}],
-        "api_keys": {"file": str(tmp_path / "keys")},
-    }
-    body = {"model": "tiny", "prompt": "Name", "max_tokens": 1}
-    with start_http_server(data) as (url, _):
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "right-key"}):
-            for answer in (
-                httpx.get(f"{url}/v1/models", headers=headers),
-                httpx.get(f"{url}/v1/models/tiny", headers=headers),
-                httpx.post(f"{url}/v1/completions", json=body, headers=headers),
-                httpx.post(f"{url}/v1/chat/completions", content=b"{", headers=headers),
-            ):
-                assert answer.status_code == 401
-                assert answer.json()["error"]["code"] == "invalid_api_key"
-                assert answer.headers["www-authenticate"] == "Bearer"
-        for key in ("right-key", "other-key"):
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-            assert client.completions.create(**body).usage.completion_tokens == 1
-        assert httpx.get(f"{url}/healthz").status_code == 200
-
-
-def test_a_dead_engine_is_503_and_unhealthy(start_http_server, tiny_model_folder, monkeypatch):
-    body = {"model": "tiny", "prompt": "Name", "max_tokens": 5}
-    with start_http_server({"models": [{"name": "tiny", "model": str(tiny_model_folder)}]}) as (url, service):
-
-        def broken(*_, **__):
-            raise RuntimeError("no memory left")
-
-        monkeypatch.setattr(service.models["tiny"].engine._manager.model, "forward", broken)
-        for answer in (post(url, body), post(url, body | {"stream": True})):
-            assert answer.status_code == 503
-            assert answer.json()["error"]["code"] == "engine_dead"
-            assert "retry-after" in answer.headers
-        health = httpx.get(f"{url}/healthz")
-        assert health.status_code == 503
-        assert "no memory left" in health.json()["reason"]
-
-
-def test_an_engine_that_dies_in_mid_stream_is_an_error_event(start_http_server, tiny_model_folder):
-    body = {"model": "tiny", "prompt": "Name", "max_tokens": 200, "seed": 1, "temperature": 2, "stream": True}
-    with start_http_server({"models": [{"name": "tiny", "model": str(tiny_model_folder)}]}) as (url, service):
-        engine = service.models["tiny"].engine
-        events = []
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
-            for line in answer.iter_lines():
-                events.append(line)
-                if len(events) == 3:
-                    engine.stop()
-    assert "the answer is incomplete" in events[-2]
-    assert "data: [DONE]" not in events
-
-
-def test_a_damaged_model_is_not_served(start_http_server, tiny_model_folder, tmp_path):
-    from tenfold.platform.errors import ModelError
-    from tenfold.platform.models.manifest import write_manifest
-
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model_folder, folder)
-    write_manifest(folder, flavor="causal-lm", method="test", name="tiny")
-    data = {"models": [{"name": "tiny", "model": str(folder)}]}
-    with start_http_server(data) as (url, _):
-        assert httpx.get(f"{url}/healthz").status_code == 200
-    weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.safetensors"), start_http_server(data):
-        pass
-
-
 def test_the_context_is_the_models_where_nothing_is_said(server):
     assert {name: model.max_context for name, model in server[1].models.items()} == {
         "tiny": 256,
         "base": 64,
         "stories": 512,
     }
-
-
-def test_a_context_longer_than_the_models_is_refused(start_http_server, tiny_model_folder):
-    from tenfold.platform.errors import ConfigError
-
-    data = {"models": [{"name": "tiny", "model": str(tiny_model_folder), "max_context": 512}]}
-    with pytest.raises(ConfigError, match="max_context = 512, the model was made for 256"), start_http_server(data):
-        pass
 
 
 def test_asking_in_one_line_gives_the_answer_or_the_servers_reason(url, client):
