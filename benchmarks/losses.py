@@ -22,12 +22,9 @@ from typing import Any
 import psutil
 import torch
 from reporting import Report, Target, argument_parser, median
+from tenfold.methods.dskd.objective import LossSettings, dual_space_v1, dual_space_v2, sft, vanilla_kd
 from tenfold.platform.losses.divergence import DIVERGENCES, DivergenceOptions
-from tenfold.platform.losses.fused_linear import (
-    fused_linear_cross_entropy,
-    fused_linear_distillation,
-    linear_argmax,
-)
+from tenfold.platform.losses.fused_linear import linear_argmax
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,58 +114,20 @@ def plain_loss(objective: str, x: Inputs) -> Tensor:
 
 
 def chunked_loss(objective: str, x: Inputs, chunk: int) -> Tensor:
-    """The same losses from the fused functions."""
-    tokens = x.targets.numel()
+    """The same losses as tenfold trains with them, a live teacher's prediction included."""
+    items = torch.tensor(float(x.targets.numel()), device=x.targets.device)
     if objective == "sft":
-        return fused_linear_cross_entropy(x.student_hidden, x.student_head, x.targets, chunk=chunk) / tokens
-    ce_weight = torch.full((tokens,), (1 - KD_RATE) / tokens, device=x.targets.device)
-    kd_weight = torch.full((tokens,), KD_RATE / tokens, device=x.targets.device)
+        return sft(x.student_hidden, x.student_head, x.targets, items, chunk).total
+    divergence = objective if objective in DIVERGENCES else "forward_kl"
+    settings = LossSettings(divergence, OPTIONS, KD_RATE, num_columns=len(x.student_head), chunk=chunk)
+    models = (x.student_hidden, x.student_head, x.teacher_hidden, x.teacher_head)
     if objective in DIVERGENCES:
-        return fused_linear_distillation(
-            x.student_hidden,
-            x.student_head,
-            x.teacher_hidden,
-            x.teacher_head,
-            divergence=objective,
-            options=OPTIONS,
-            divergence_weight=kd_weight,
-            targets=x.targets,
-            target_weight=ce_weight,
-            chunk=chunk,
-        ).total
-
-    is_v2 = objective == "dual_space_v2"
-    teacher_space = fused_linear_distillation(
-        x.student_hidden @ x.student_to_teacher.t(),
-        x.teacher_head,
-        x.teacher_hidden,
-        x.teacher_head,
-        divergence="forward_kl",
-        options=OPTIONS,
-        divergence_weight=kd_weight,
-        predict=is_v2,
-        chunk=chunk,
-    )
-    labels, weight = x.targets, kd_weight
-    if teacher_space.teacher_prediction is not None:
-        labels = teacher_space.teacher_prediction
-        agrees = linear_argmax(x.projected_teacher, x.student_head, chunk=chunk) == labels
-        weight = KD_RATE * agrees / agrees.sum().clamp(min=1)
-    student_space = fused_linear_distillation(
-        x.student_hidden,
-        x.student_head,
-        x.projected_teacher,
-        x.student_head,
-        divergence="forward_kl",
-        options=OPTIONS,
-        divergence_weight=weight,
-        targets=x.targets,
-        target_weight=ce_weight,
-        teacher_targets=labels,
-        teacher_target_weight=kd_weight,
-        chunk=chunk,
-    )
-    return student_space.total + teacher_space.total
+        return vanilla_kd(*models, x.targets, items, settings).total
+    projections = (x.projected_teacher, x.student_hidden @ x.student_to_teacher.t())
+    if objective == "dual_space_v1":
+        return dual_space_v1(*models, *projections, x.targets, items, settings).total
+    prediction = linear_argmax(x.teacher_hidden, x.teacher_head, chunk=chunk)
+    return dual_space_v2(*models, *projections, prediction, x.targets, items, settings).total
 
 
 class PeakMemory(TorchDispatchMode):

@@ -106,6 +106,7 @@ class RunContext:
         Returns:
             The model's folder relative to the run's storage.
         """
+        import shutil
         import tempfile
 
         from tenfold.platform.models.manifest import model_files, read_manifest, write_manifest
@@ -116,7 +117,7 @@ class RunContext:
             folder = Path(scratch) / "model"
             folder.mkdir()
             for path in model_files(source):
-                (folder / path.name).write_bytes(path.read_bytes())
+                shutil.copyfile(path, folder / path.name)
             write_manifest(
                 folder,
                 flavor=flavor,

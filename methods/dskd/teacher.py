@@ -1,7 +1,7 @@
 """The teacher reads the data once: hidden states of the label positions on disk, reused by epochs, seeds and trials.
 
 Hidden states instead of logits: 2 D bytes a token instead of 2 V (DSKD, arXiv 2406.17328, works on them anyway).
-Entries are named by a digest of the teacher, the tokenizer and the token ids, so that nothing stale is ever read.
+Entries are named by a digest of the teacher, its dtype and the token ids, so that nothing stale is ever read.
 """
 
 from __future__ import annotations
@@ -87,7 +87,6 @@ def encode_rows(context: RunContext, config: DSKDConfig, rows: Sequence[dict[str
         gpus=compute.gpus_per_worker,
     )
     meta = {
-        "shards": shards,
         "counts": [count for result in results for count in result["counts"]],
         "nll": sum(result["nll"] for result in results),
     }

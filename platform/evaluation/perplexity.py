@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tenfold.platform.data.collator import CausalCollator
 from tenfold.platform.data.positions import label_positions, next_labels
-from tenfold.platform.errors import ModelError
 from tenfold.platform.losses.fused_linear import linear_cross_entropy_rows
-from tenfold.platform.models.heads import final_hidden, head_of
+from tenfold.platform.models.heads import head_of
+from tenfold.platform.models.hidden import check_head, evaluating, final_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,11 +34,11 @@ def token_nll(
     Raises:
         ModelError: the model's logits are not its head applied to the last hidden state.
     """
-    assert_post_norm_hidden(model)
+    check_head(model)
     collate = CausalCollator(pad_token_id=0)  # masked and to the right: no counted position sees it
     head, bias = head_of(model)
     total, count = 0.0, 0
-    with _eval_mode(model):
+    with evaluating(model):
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
             batch = {name: value.to(model.device) for name, value in batch.items()}
@@ -58,42 +57,3 @@ def perplexity(sum_nll: float, num_tokens: int) -> float:
         return math.exp(sum_nll / num_tokens)
     except OverflowError:
         return math.inf
-
-
-@contextlib.contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Switch to eval mode and put every module back into its own mode: frozen parts may stay in eval mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@torch.no_grad()
-def assert_post_norm_hidden(model: PreTrainedModel) -> None:
-    """Make sure that the logits are the head applied to the last hidden state, and nothing else.
-
-    Losses that multiply hidden states with the head themselves are wrong otherwise (Gemma 2 caps its logits, Cohere
-    and Granite scale them). One forward pass over 8 tokens; a cap is also looked up in the configuration, because
-    small logits hardly show it.
-
-    Raises:
-        ModelError: they are not.
-    """
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    ids = torch.arange(8, device=model.device)[None] % config.vocab_size
-    mask = torch.ones_like(ids)
-    with _eval_mode(model):
-        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        found = model.get_output_embeddings()(final_hidden(model, ids, mask)).float()
-    # The same product twice: equal to the last bits of its dtype.
-    tolerance = (1e-4 if model.dtype == torch.float32 else 1e-2) * expected.abs().max().item()
-    if cap is not None or expected.shape != found.shape or not torch.allclose(expected, found, rtol=0, atol=tolerance):
-        raise ModelError(
-            f"{config.model_type}: its logits are not the head applied to the last hidden state (scaling, "
-            "soft-capping, or a state before the norm). Losses and evaluation need that; use another model"
-        )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import ModelError
+from tenfold.platform.models.hidden import evaluating
 from tenfold.platform.models.options import GenerationOptions
 from tenfold.platform.models.randomness import seeded
 
@@ -112,17 +113,14 @@ def _generation_config(
 
 @contextmanager
 def _evaluation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
     own = model.generation_config
     # generate() fills what a given configuration leaves open from the model's.
     model.generation_config = config
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = own
-        for module in training:
-            module.training = True
 
 
 def _left_padded(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tenfold.platform.errors import ModelError
@@ -27,32 +29,43 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
-def check_head(model: PreTrainedModel) -> None:
-    """Make sure that the model's logits are its head applied to the last hidden states, by trying it on 8 tokens.
-
-    Under ZeRO-3 call it on all ranks, inside `deepspeed.zero.GatheredParameters` of the head.
-
-    Raises:
-        ModelError: the model scales or caps its logits; losses that multiply hidden states with the head would be
-            wrong.
-    """
-    import torch
-
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Switch to eval mode and put every module back into its own mode: frozen parts may stay in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    head = model.get_output_embeddings()
-    ids = torch.arange(1, 9, device=head.weight.device)[None] % model.config.get_text_config().vocab_size
-    mask = torch.ones_like(ids)
     try:
-        with torch.no_grad():
-            expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-            found = head(final_hidden(model, ids, mask)).float()
+        yield
     finally:
         for module in training:
             module.training = True
-    # bfloat16 keeps 8 bits; a scale or cap of any use changes more.
-    if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Make sure that the logits are the head applied to the last hidden state, and nothing else.
+
+    Losses that multiply hidden states with the head themselves are wrong otherwise (Gemma 2 caps its logits, Cohere
+    and Granite scale them). One forward pass over 8 tokens; a cap is also looked up in the configuration, because
+    small logits hardly show it. Under ZeRO-3 call it on all ranks, inside `deepspeed.zero.GatheredParameters` of the
+    head.
+
+    Raises:
+        ModelError: they are not.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    head = model.get_output_embeddings()
+    ids = torch.arange(8, device=head.weight.device)[None] % config.vocab_size
+    mask = torch.ones_like(ids)
+    with evaluating(model), torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        found = head(final_hidden(model, ids, mask)).float()
+    # The same product twice: equal to the last bits of its dtype.
+    tolerance = (1e-4 if model.dtype == torch.float32 else 1e-2) * expected.abs().max().item()
+    if cap is not None or expected.shape != found.shape or not torch.allclose(expected, found, rtol=0, atol=tolerance):
         raise ModelError(
-            f"{model.config.model_type}: its logits are not the head applied to the last hidden states (they are "
-            f"scaled or capped). Losses on hidden states do not support that: choose another model"
+            f"{config.model_type}: its logits are not the head applied to the last hidden state (scaling, "
+            "soft-capping, or a state before the norm). Losses and evaluation need that; use another model"
         )

@@ -101,7 +101,6 @@ def newest_good(storage: Storage, job: str) -> CheckpointRecord | None:
 def best_of(records: list[CheckpointRecord], metric: str) -> CheckpointRecord | None:
     """Return the checkpoint with the smallest `metric`; the newest where none has it; None for no records."""
     judged = [record for record in records if metric in record.metrics]
-    judged = [record for record in judged if record.metrics[metric] == record.metrics[metric]]  # not NaN
     if judged:
         return min(judged, key=lambda record: (record.metrics[metric], -record.step))
     return records[0] if records else None

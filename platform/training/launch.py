@@ -39,10 +39,9 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a finished job's checkpoints are; both folders load with `from_pretrained`."""
+    """Where a finished job's best checkpoint is; the folder loads with `from_pretrained`."""
 
     best: CheckpointRecord
-    last: CheckpointRecord
 
 
 def train_job(context: RunContext, job: TrainingJob) -> TrainingResult:
@@ -131,10 +130,12 @@ def _explain(context: RunContext, job: TrainingJob, error: Exception) -> Tenfold
 
 def _result(context: RunContext, job: TrainingJob, folder: str) -> TrainingResult:
     records = list_checkpoints(context.storage, folder)
-    whole = [record for record in records if damage(context.storage, record) is None]
-    best = best_of(whole, job.options.metric_for_best)
-    if best is None:
-        raise CheckpointError(
-            f"{context.storage.uri_of(folder)}: training has ended, but no whole checkpoint is there; run with --new"
-        )
-    return TrainingResult(best=best, last=whole[0])
+    while (best := best_of(records, job.options.metric_for_best)) is not None:
+        problem = damage(context.storage, best)
+        if problem is None:
+            return TrainingResult(best)
+        logger.warning("checkpoint %s: %s. Taking the next best one.", context.storage.uri_of(best.path), problem)
+        records.remove(best)
+    raise CheckpointError(
+        f"{context.storage.uri_of(folder)}: training has ended, but no whole checkpoint is there; run with --new"
+    )

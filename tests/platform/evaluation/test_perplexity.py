@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 from tenfold.platform.errors import ModelError
-from tenfold.platform.evaluation.perplexity import assert_post_norm_hidden, perplexity, token_nll
+from tenfold.platform.evaluation.perplexity import perplexity, token_nll
+from tenfold.platform.models.hidden import check_head
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -160,7 +161,7 @@ def scaled_down():
 def test_models_that_change_their_logits_after_the_head_are_refused(make):
     model = make()
     with pytest.raises(ModelError, match=f"{model.config.model_type}: its logits are not the head applied"):
-        assert_post_norm_hidden(model)
+        check_head(model)
     with pytest.raises(ModelError):
         token_nll(model, make_rows(64))
 
@@ -179,7 +180,7 @@ def test_a_hidden_state_before_the_norm_is_refused(tiny_llama):
 
     model.forward = with_late_norm
     with pytest.raises(ModelError, match="or a state before the norm"):
-        assert_post_norm_hidden(model)
+        check_head(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -188,5 +189,5 @@ def test_plain_heads_pass_in_every_dtype_and_mode(tiny_llama, dtype):
     uncapped = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=None))
     for model in (tiny_llama(), unscaled, uncapped):
         model.to(dtype).train()
-        assert_post_norm_hidden(model)
+        check_head(model)
         assert model.training
