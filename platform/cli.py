@@ -51,8 +51,12 @@ def run(
     loaded = load_experiment(experiment, overrides or [])
     show.plan(make_plan(loaded))
     compute = loaded.experiment.compute
-    cluster.connect()
-    cluster.check_capacity(compute.workers, compute.cpus_per_worker, compute.gpus_per_worker)
+    available = None
+    if plan and cluster.cluster_address() is None:
+        available = cluster.local_capacity()  # a plan starts nothing, not even a local cluster
+    else:
+        cluster.connect()
+    cluster.check_capacity(compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, available=available)
     if plan:
         typer.echo("the plan fits; nothing was started")
         return
