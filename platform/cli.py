@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tenfold.platform.experiment import Compute
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,25 +46,36 @@ def run(
     ] = False,
 ) -> None:
     """Run an experiment, or resume it where it stopped."""
-    from tenfold.platform import cluster, show
+    from tenfold.platform import show
     from tenfold.platform.experiment import load_experiment
     from tenfold.platform.run import plan as make_plan
     from tenfold.platform.run import run as run_experiment
 
     loaded = load_experiment(experiment, overrides or [])
     show.plan(make_plan(loaded))
-    compute = loaded.experiment.compute
-    available = None
-    if plan and cluster.cluster_address() is None:
-        available = cluster.local_capacity()  # a plan starts nothing, not even a local cluster
-    else:
-        cluster.connect()
-    cluster.check_capacity(compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, available=available)
-    if plan:
-        typer.echo("the plan fits; nothing was started")
-        return
-    result = run_experiment(loaded, new=new)
-    show.result(result, loaded.experiment.tracking.uri)
+    if _capacity(loaded.experiment.compute, plan):
+        show.result(run_experiment(loaded, new=new), loaded.experiment.tracking.uri)
+
+
+@app.command()
+def sweep(
+    experiment: Reference,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="check everything, print the plan, start nothing")] = False,
+    new: Annotated[
+        bool, typer.Option("--new", help="start afresh beside an earlier sweep of the same experiment")
+    ] = False,
+) -> None:
+    """Run an experiment's sweep as a Ray Tune study, or go on with it where it was interrupted."""
+    from tenfold.platform import show
+    from tenfold.platform.experiment import load_experiment
+    from tenfold.platform.tuning.study import plan_sweep, run_sweep
+
+    loaded = load_experiment(experiment, overrides or [])
+    show.plan(plan_sweep(loaded))
+    wanted = loaded.experiment.sweep
+    if _capacity(loaded.experiment.compute, plan, concurrent=wanted.max_concurrent if wanted else 1):
+        show.sweep(run_sweep(loaded, new=new), loaded.experiment.tracking.uri)
 
 
 @app.command()
@@ -156,13 +170,32 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
         raise typer.Exit(1)
 
 
+def _capacity(compute: Compute, plan: bool, concurrent: int = 1) -> bool:
+    """Connect and make sure that the cluster has room; return whether to go on, which a plan does not."""
+    from tenfold.platform import cluster
+
+    available = None
+    if plan and cluster.cluster_address() is None:
+        available = cluster.local_capacity()  # a plan starts nothing, not even a local cluster
+    else:
+        cluster.connect()
+    cluster.check_capacity(
+        compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, concurrent=concurrent, available=available
+    )
+    if plan:
+        typer.echo("the plan fits; nothing was started")
+    return not plan
+
+
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one message without a traceback."""
     import sys
 
     from tenfold.platform.errors import TenfoldError
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("tenfold").setLevel(logging.INFO)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     try:
         app()
     except TenfoldError as error:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from tenfold.platform.models.manifest import Parent
     from tenfold.platform.training.launch import TrainingJob, TrainingResult
+    from tenfold.platform.tuning.trial import TrialReports
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class RunContext:
         storage: the run's own folder.
         cache: folder shared by all runs of this storage, for what several runs reuse; name entries by content digests.
         tracker: the MLflow run, for `report` and for training workers.
-        in_trial: a Tune trial: reports go to Tune as well.
+        trial: set in a trial of a sweep: reports go to Tune as well.
     """
 
     run_id: str
@@ -50,15 +51,16 @@ class RunContext:
     storage: Storage
     cache: Storage
     tracker: Tracker
-    in_trial: bool = False
+    trial: TrialReports | None = None
 
     def report(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Send metrics of the driver to MLflow, and to Tune in a trial. Training workers report by themselves."""
-        self.tracker.log_metrics(metrics, step=step)
-        if self.in_trial:
-            import ray.tune
+        """Send metrics of the driver to MLflow and, in a trial, those of a step to Tune.
 
-            ray.tune.report(dict(metrics))
+        Training workers report by themselves; final metrics belong into the `Outcome`.
+        """
+        self.tracker.log_metrics(metrics, step=step)
+        if self.trial is not None and step is not None:
+            self.trial.report(metrics, step)
 
     def train(self, job: TrainingJob) -> TrainingResult:
         """Run a training job on the cluster to its end; see `tenfold.platform.training.launch.train_job`."""

@@ -78,14 +78,28 @@ class Sweep(StrictModel):
     mode: Literal["min", "max"] = Field(description="whether a smaller or a larger metric is better")
     space: dict[str, Dimension] = Field(min_length=1, description="dotted option -> range, e.g. config.training.seed")
     scheduler: Literal["fifo", "asha", "median"] = Field("fifo", description="early stopping of bad trials")
-    search: Literal["random", "optuna"] = Field("random", description="how non-grid values are drawn")
-    samples: int = Field(1, ge=1, description="draws for every point of the grid")
+    search: Literal["random", "optuna"] = Field(
+        "random", description="how values are drawn; optuna needs the extra tenfold[sweep] and no grid"
+    )
+    samples: int = Field(1, ge=1, description="draws for every point of the grid; for repetitions sweep the seed")
     max_concurrent: int = Field(1, ge=1, description="trials at the same time; each takes `compute`")
     grace_period: int = Field(1, ge=1, description="reports before asha or median may stop a trial")
     reduction_factor: int = Field(3, ge=2, description="asha keeps the best 1/factor of the trials at every rung")
     time_budget_s: float | None = Field(
         None, gt=0, description="start no new trial and stop all after so many seconds"
     )
+
+    @model_validator(mode="after")
+    def _search_fits_space(self) -> Sweep:
+        grids = [key for key, dimension in self.space.items() if dimension.grid is not None]
+        if self.samples > 1 and len(grids) == len(self.space):
+            raise ValueError(
+                f"samples = {self.samples} would repeat every trial of a grid with the same seed and the same result; "
+                "to repeat with other seeds, sweep the seed: space: {seed: {grid: [10, 20, 30]}}"
+            )
+        if self.search == "optuna" and grids:
+            raise ValueError(f"search optuna draws all values itself; write choice instead of grid for {grids}")
+        return self
 
 
 class Experiment(StrictModel):
@@ -210,20 +224,29 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r}: write it as section.key=value, e.g. config.training.max_steps=50")
-    value = parse_yaml(text, f"override {override!r}")
+    set_option(data, key.strip(), parse_yaml(text, f"override {override!r}"), f"override {override!r}")
+
+
+def set_option(data: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Set one dotted option of plain data in place; missing sections are made, list items are addressed by number.
+
+    Raises:
+        ConfigError: the path runs through something that is not a section; the message starts with `source`.
+    """
+    parts = key.split(".")
     node: Any = data
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a list of {len(node)} items")
+                raise ConfigError(f"{source}: {'.'.join(parts[:depth])} is a list of {len(node)} items")
             part_key: Any = int(part)
         elif isinstance(node, dict):
             part_key = part
             if not last and node.get(part) is None:
                 node[part] = {}
         else:
-            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is the value {node!r}, not a section")
+            raise ConfigError(f"{source}: {'.'.join(parts[:depth])} is the value {node!r}, not a section")
         if last:
             node[part_key] = value
         else:

@@ -45,6 +45,7 @@ def map_items(
         ClusterError: a piece failed; the message names it. A TenfoldError of the piece is raised as it is.
     """
     import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     names = list(keys) if keys is not None else [f"{index:06d}" for index in range(len(items))]
     if len(names) != len(items) or len(set(names)) != len(names):
@@ -58,7 +59,13 @@ def map_items(
     }
     if results:
         logger.info("%s: %d of %d pieces are done already", name, len(results), len(items))
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=LOST_WORKER_RETRIES)(function)
+    task = ray.remote(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_retries=LOST_WORKER_RETRIES,
+        # a trial of a sweep reserves next to nothing for itself: its pieces must not be confined to that
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
+    )(function)
     waiting = [(key, item) for key, item in zip(names, items, strict=True) if key not in results]
     running: dict[Any, str] = {}
     at_once = max(2 * int(ray.cluster_resources().get("CPU", 1) / max(cpus, 0.01)), 1)

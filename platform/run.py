@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from tenfold.platform.context import PlanContext, RunContext
@@ -24,9 +24,13 @@ from tenfold.platform.tracking import Tracker, absolute_uri, check_tracking
 from tenfold.platform.training.deepspeed_config import deepspeed_config
 from tenfold.platform.validation import nearest
 
+if TYPE_CHECKING:
+    from tenfold.platform.tuning.trial import TrialReports
+
 logger = logging.getLogger(__name__)
 
 STATE = "run.json"
+ENDED = ("finished", "stopped")  # stopped: by the scheduler of its sweep
 STACK = ("tenfold", "torch", "ray", "deepspeed", "transformers", "datasets", "mlflow", "numpy")
 
 
@@ -54,7 +58,7 @@ def plan(loaded: LoadedExperiment) -> list[PlanSection]:
     check_tracking(uri)
     deepspeed_config(experiment.compute.deepspeed)
     compute = experiment.compute
-    state = _read_state(storage, loaded.run_id)
+    state = read_state(storage, loaded.run_id)
     status = {None: "new", "running": "unfinished: it resumes", "finished": "finished: needs --new"}
     general = PlanSection(
         "run",
@@ -76,15 +80,21 @@ def plan(loaded: LoadedExperiment) -> list[PlanSection]:
 
 
 def run(
-    loaded: LoadedExperiment, *, new: bool = False, parent_run_id: str | None = None, in_trial: bool = False
+    loaded: LoadedExperiment,
+    *,
+    new: bool = False,
+    run_id: str | None = None,
+    parent_run_id: str | None = None,
+    trial: TrialReports | None = None,
 ) -> RunResult:
     """Run an experiment to its end, or resume it where it stopped. Ray must be connected.
 
     Args:
         loaded: a checked experiment.
         new: start afresh beside what an earlier run of the same experiment left.
+        run_id: names the run; default: the experiment's name and identity.
         parent_run_id: MLflow run that this one belongs to (a sweep).
-        in_trial: report to Tune as well.
+        trial: in a trial of a sweep, where its reports go. A trial that has ended returns what it had measured.
 
     Raises:
         ConfigError: the experiment has been run to its end already and `new` is not set.
@@ -93,12 +103,15 @@ def run(
     experiment = loaded.experiment
     top = Storage(experiment.storage)
     top.check_writable()
-    run_id = _free_id(top, loaded.run_id) if new else loaded.run_id
-    with _only_one(top, run_id):
-        state = _read_state(top, run_id)
-        if state and state["status"] == "finished":
+    run_id = run_id or (free_id(top, loaded.run_id, STATE) if new else loaded.run_id)
+    with only_one(top, run_id, wait=trial is not None):
+        state = read_state(top, run_id)
+        if state and state["status"] in ENDED:
+            if trial is not None:
+                kept = Outcome(state["metrics"], state.get("artifacts", {}), state.get("model"))
+                return RunResult(run_id, top.uri_of(run_id), state["mlflow_run_id"], kept, experiment.method)
             raise ConfigError(
-                f"run {run_id} is finished already ({top.uri_of(run_id)}). "
+                f"run {run_id} is {state['status']} already ({top.uri_of(run_id)}). "
                 f"Use --new to run it again beside it, or `tenfold evaluate {run_id}`"
             )
         storage = Storage(top.uri_of(run_id))
@@ -123,14 +136,14 @@ def run(
             storage,
             Storage(_cache_uri(top)),
             tracker,
-            in_trial,
+            trial,
         )
         try:
             outcome = loaded.method.run(loaded.config, context)
         except BaseException as error:
             tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-        context.report(outcome.metrics)
+        tracker.log_metrics(outcome.metrics)
         state |= {
             "status": "finished",
             "metrics": dict(outcome.metrics),
@@ -159,7 +172,9 @@ class FinishedRun:
             ConfigError: the run is unfinished or has no model.
         """
         if not self.state.get("model"):
-            why = "gave no model" if self.state["status"] == "finished" else "is not finished; run it again to resume"
+            why = {"finished": "gave no model", "stopped": "was stopped early by its sweep and has no model"}.get(
+                self.state["status"], "is not finished; run it again to resume"
+            )
             raise ConfigError(f"run {self.run_id} {why}")
         return self.storage.uri_of(self.state["model"])
 
@@ -210,7 +225,7 @@ def evaluate(found: FinishedRun) -> dict[str, float]:
     experiment = found.loaded.experiment
     _ = found.model_folder
     top = Storage(found.storage.uri.rpartition("/")[0])
-    tracker = Tracker.attach(found.state["mlflow_uri"], found.state["mlflow_run_id"], _spool(found.storage))
+    tracker = Tracker.attach(found.state["mlflow_uri"], found.state["mlflow_run_id"], spool_path(found.storage))
     context = RunContext(
         found.run_id,
         experiment.method,
@@ -239,20 +254,25 @@ def _start_tracker(
         run_id,
         run_id=state["mlflow_run_id"] if state else None,
         parent_run_id=parent,
-        tags={
-            "tenfold.run": run_id,
-            "tenfold.method": experiment.method,
-            "tenfold.git": _git_commit(),
-            "tenfold.storage": storage.uri,
-            **{f"tenfold.version.{name}": importlib.metadata.version(name) for name in STACK},
-            "tenfold.version.python": platform.python_version(),
-        },
+        tags=run_tags(run_id, experiment.method, storage),
         artifact_root=None,
-        spool=_spool(storage),
+        spool=spool_path(storage),
     )
     tracker.log_params(flatten(loaded.resolved()))
     tracker.log_text(yaml.safe_dump(loaded.resolved(), sort_keys=False), "experiment.yaml")
     return tracker
+
+
+def run_tags(run_id: str, method: str, storage: Storage) -> dict[str, str]:
+    """Return the MLflow tags that say what made a run: versions, commit, place."""
+    return {
+        "tenfold.run": run_id,
+        "tenfold.method": method,
+        "tenfold.git": _git_commit(),
+        "tenfold.storage": storage.uri,
+        **{f"tenfold.version.{name}": importlib.metadata.version(name) for name in STACK},
+        "tenfold.version.python": platform.python_version(),
+    }
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -266,7 +286,8 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _spool(storage: Storage) -> Path:
+def spool_path(storage: Storage) -> Path:
+    """Return the local file that keeps what MLflow could not be told."""
     local = storage.local_path("mlflow-unsent.jsonl")
     return local or Path.cwd() / f"mlflow-unsent-{storage.uri.rpartition('/')[2]}.jsonl"
 
@@ -275,21 +296,27 @@ def _cache_uri(top: Storage) -> str:
     return top.uri_of("cache")
 
 
-def _read_state(top: Storage, run_id: str) -> dict[str, Any] | None:
-    path = f"{run_id}/{STATE}"
+def read_state(top: Storage, run_id: str, name: str = STATE) -> dict[str, Any] | None:
+    """Return what a run (or, by another file name, a sweep) has written about itself; None where there is none."""
+    path = f"{run_id}/{name}"
     return json.loads(top.read_text(path)) if top.exists(path) else None
 
 
-def _free_id(top: Storage, run_id: str) -> str:
+def free_id(top: Storage, run_id: str, name: str) -> str:
+    """Return `run_id` with the first number behind it that no run (or sweep) has taken."""
     number, free = 2, run_id
-    while top.exists(f"{free}/{STATE}"):
+    while top.exists(f"{free}/{name}"):
         free, number = f"{run_id}-{number}", number + 1
     return free
 
 
 @contextlib.contextmanager
-def _only_one(top: Storage, run_id: str) -> Iterator[None]:
-    """Hold a lock for as long as this process works on the run; it falls with the process."""
+def only_one(top: Storage, run_id: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock for as long as this process works on the run; it falls with the process.
+
+    Raises:
+        ConfigError: another process holds it and `wait` is not set.
+    """
     folder = top.local_path(run_id)
     if folder is None:
         yield
@@ -298,7 +325,7 @@ def _only_one(top: Storage, run_id: str) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
             yield
     except Timeout as error:
         raise ConfigError(f"run {run_id} is being worked on by another process; wait for it, or use --new") from error

@@ -11,6 +11,9 @@ from rich.table import Table
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.method import PlanSection, load_method, method_folder, method_names, packaged_experiments
 from tenfold.platform.run import FinishedRun, RunResult
+from tenfold.platform.tuning.results import SweepResult
+from tenfold.platform.tuning.space import short_names
+from tenfold.platform.tuning.space import show as show_value
 from tenfold.platform.validation import nearest, option_rows
 
 console = Console(highlight=False, soft_wrap=False)
@@ -80,6 +83,30 @@ def result(finished: RunResult, tracking_uri: str) -> None:
     console.print(
         f"next           tenfold evaluate {finished.run_id}; tenfold serve {finished.run_id}", soft_wrap=True
     )
+
+
+def sweep(found: SweepResult, tracking_uri: str) -> None:
+    """Print every trial of a sweep, means over seeds, and what to do next."""
+    metric = found.sweep.metric
+    names = short_names(list(found.sweep.space))
+    table = Table(*names.values(), metric, "status", title=found.sweep_id, title_justify="left")
+    table.add_column("run", overflow="fold")
+    for trial in found.trials:
+        table.add_row(*[show_value(trial.values[k]) for k in names], _number(trial.value), trial.status, trial.run_id)
+    console.print(table)
+    if groups := found.groups():
+        others = [key for key in names if key != "seed"]
+        table = Table(*[names[key] for key in others], metric, "deviation", "seeds", title="mean over the seeds")
+        for group in groups:
+            values = [show_value(group.values[key]) for key in others]
+            table.add_row(*values, _number(group.mean), _number(group.deviation), str(group.trials))
+        console.print(table)
+    if found.best is not None:
+        console.print(f"best           {found.best.label}: {metric} {_number(found.best.value)}", soft_wrap=True)
+        console.print(f"its experiment {found.uri}/best.yaml", soft_wrap=True)
+        console.print(f"next           tenfold evaluate {found.best.run_id}", soft_wrap=True)
+    console.print(f"table          {found.uri}/results.csv", soft_wrap=True)
+    console.print(f"in MLflow      mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
 
 
 def comparison(runs: Sequence[FinishedRun]) -> None:

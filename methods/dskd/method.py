@@ -114,7 +114,7 @@ class DSKD:
         model = context.save_model(
             result.best.path, name="student", flavor="causal-lm", metrics=trained, parents=parents
         )
-        if context.in_trial:
+        if context.trial is not None:
             # a sweep compares what training measured; `evaluate` gives the rest for the trial one keeps
             return Outcome(metrics=trained, model=model)
         with tempfile.TemporaryDirectory(prefix="tenfold-student-") as scratch:

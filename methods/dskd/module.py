@@ -15,7 +15,7 @@ from tenfold.methods.dskd.config import DSKDConfig
 from tenfold.methods.dskd.projectors import inverse_gram, teacher_to_student
 from tenfold.platform.data.positions import label_positions, next_labels
 from tenfold.platform.losses.divergence import DivergenceOptions
-from tenfold.platform.losses.fused_linear import linear_argmax, linear_cross_entropy_rows
+from tenfold.platform.losses.fused_linear import linear_cross_entropy_rows
 from tenfold.platform.models.hidden import final_hidden
 from tenfold.platform.training.module import TrainedModule
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class DistillationModule(TrainedModule):
         student: the trained model.
         config: DSKD's options.
         num_columns: entries of the shared tokenizer.
-        micro_batches: forward passes of all ranks in one optimizer step.
+        micro_batches: forward passes of all ranks in one optimizer step, until a Trainer says so.
         teacher_head: W_t [V, D] with a cached teacher.
         teacher: the frozen model itself, with a live teacher; kept out of this module's state.
     """
@@ -52,13 +52,13 @@ class DistillationModule(TrainedModule):
         config: DSKDConfig,
         *,
         num_columns: int,
-        micro_batches: int,
+        micro_batches: int = 1,
         teacher_head: Tensor | None = None,
         teacher: nn.Module | None = None,
     ):
         super().__init__(student)
         self._options = config
-        self._micro_batches = micro_batches
+        self.micro_batches = micro_batches
         # in a tuple, so that the teacher's weights are neither trained nor saved with this module
         self._teacher = (teacher,)
         self.register_buffer("teacher_head", teacher_head, persistent=False)
@@ -174,10 +174,6 @@ class DistillationModule(TrainedModule):
                 settings,
             )
         projected_student = (hidden @ self._current_s2t(head, teacher_head).to(hidden.dtype)).to(teacher_head.dtype)
-        if teacher_prediction is None:
-            teacher_prediction = linear_argmax(
-                teacher_hidden, teacher_head, num_columns=settings.num_columns, chunk=settings.chunk
-            )
         return objective.dual_space_v2(
             hidden,
             head,
@@ -185,11 +181,11 @@ class DistillationModule(TrainedModule):
             teacher_head,
             projected_teacher,
             projected_student,
-            teacher_prediction.long(),
+            teacher_prediction,
             targets,
             items,
             settings,
-            micro_batches=self._micro_batches,
+            micro_batches=self.micro_batches,
             agreement_threshold=options.agreement_threshold,
             spaces=options.spaces,
         )

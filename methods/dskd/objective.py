@@ -11,7 +11,7 @@ factor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tenfold.platform.losses.divergence import DivergenceOptions
@@ -162,7 +162,7 @@ def dual_space_v2(
     teacher_head_VD: Tensor,
     projected_teacher_Nd: Tensor,
     projected_student_ND: Tensor,
-    teacher_prediction_N: Tensor,
+    teacher_prediction_N: Tensor | None,
     labels_N: Tensor,
     num_items: Tensor,
     settings: LossSettings,
@@ -184,76 +184,107 @@ def dual_space_v2(
         student_Nd, student_head_Vd, teacher_ND, teacher_head_VD, labels_N, num_items, settings: as in `dual_space_v1`.
         projected_teacher_Nd: h_t P, with the graph of P.
         projected_student_ND: h_s S with a constant S.
-        teacher_prediction_N: argmax of z_t over the tokenizer's entries, int64.
+        teacher_prediction_N: argmax of z_t over the tokenizer's entries, int64; None computes it.
         micro_batches: forward passes of all ranks in one step; local means are averaged over them, as DeepSpeed does.
         agreement_threshold: in [0, 1].
         spaces: both, student (without L_tea) or teacher (L_tea alone).
     """
-    alpha = settings.kd_rate
-    ce_weight = _weights(labels_N, 1 - alpha) / num_items
-    weight = _weights(labels_N, alpha) / num_items
-    count = _count(labels_N)
-    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    weight = _weights(labels_N, settings.kd_rate) / num_items
+    ce_weight = _weights(labels_N, 1 - settings.kd_rate) / num_items
     total = student_Nd.new_zeros((), dtype=torch.float32)
-    if spaces == "teacher":
-        ce = fused_linear_cross_entropy(
-            student_Nd, student_head_Vd, labels_N, row_weight=ce_weight, chunk=settings.chunk
-        )
-        # the projector is no part of this ablation, but every trained parameter takes part in every step
-        total = total + ce + 0.0 * projected_teacher_Nd.sum()
-        parts["ce"] = (_undo(ce.detach() * num_items, 1 - alpha), count)
-    else:
-        t2s_prediction = linear_argmax(
-            projected_teacher_Nd.detach(),
-            student_head_Vd.detach(),
-            num_columns=settings.num_columns,
-            chunk=settings.chunk,
-        )
-        agree = t2s_prediction == teacher_prediction_N
-        agreeing = agree.sum().float()
-        masked = bool(agreeing <= agreement_threshold * len(labels_N))
-        local = alpha * agree.float() / agreeing.clamp(min=1e-3) / micro_batches
-        sums = fused_linear_distillation(
-            student_Nd,
-            student_head_Vd,
-            projected_teacher_Nd,
-            student_head_Vd.detach(),
-            divergence=settings.divergence,
-            options=settings.options,
-            divergence_weight=local if masked else weight,
-            targets=labels_N,
-            target_weight=ce_weight,
-            teacher_targets=teacher_prediction_N,
-            teacher_target_weight=weight,
-            num_columns=settings.num_columns,
-            chunk=settings.chunk,
-        )
-        total = total + sums.total
-        parts["ce"] = (_undo(sums.cross_entropy * num_items, 1 - alpha), count)
-        parts["t2s_ce"] = (_undo(sums.teacher_cross_entropy * num_items, alpha), count)
-        parts["student_space"] = (
-            _undo(sums.divergence * micro_batches if masked else sums.divergence * num_items, alpha),
-            torch.ones_like(count) if masked else count,
-        )
-        parts["t2s_agreement"] = (agreeing, count)
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
     if spaces != "student":
-        teacher_space = fused_linear_divergence(
+        teacher_space = fused_linear_distillation(
             projected_student_ND,
             teacher_head_VD.detach(),
             teacher_ND,
             teacher_head_VD,
             divergence=settings.divergence,
-            row_weight=weight,
-            temperature=settings.options.temperature,
-            skew_lambda=settings.options.skew_lambda,
-            adaptive_alpha=settings.options.adaptive_alpha,
-            js_beta=settings.options.js_beta,
+            # the second temperature belongs to the projected teacher alone
+            options=replace(settings.options, teacher_temperature=1.0),
+            divergence_weight=weight,
             num_columns=settings.num_columns,
+            predict=teacher_prediction_N is None and spaces == "both",
             chunk=settings.chunk,
         )
-        total = total + teacher_space
-        parts["teacher_space"] = (_undo(teacher_space.detach() * num_items, alpha), count)
-    return Loss(total, parts)
+        total = total + teacher_space.total
+        sum_of_rows = _undo(teacher_space.divergence * num_items, settings.kd_rate)
+        parts["teacher_space"] = (sum_of_rows, _count(labels_N))
+        if teacher_prediction_N is None:
+            teacher_prediction_N = teacher_space.teacher_prediction
+    if spaces == "teacher":
+        ce = fused_linear_cross_entropy(
+            student_Nd, student_head_Vd, labels_N, row_weight=ce_weight, chunk=settings.chunk
+        )
+        parts["ce"] = (_undo(ce.detach() * num_items, 1 - settings.kd_rate), _count(labels_N))
+        # the projector is no part of this ablation, but every trained parameter takes part in every step
+        return Loss(total + ce + 0.0 * projected_teacher_Nd.sum(), parts)
+    if teacher_prediction_N is None:
+        teacher_prediction_N = linear_argmax(
+            teacher_ND, teacher_head_VD, num_columns=settings.num_columns, chunk=settings.chunk
+        )
+    student_space = _student_space_v2(
+        student_Nd,
+        student_head_Vd,
+        projected_teacher_Nd,
+        teacher_prediction_N,
+        labels_N,
+        num_items,
+        settings,
+        micro_batches=micro_batches,
+        agreement_threshold=agreement_threshold,
+    )
+    return Loss(total + student_space.total, parts | student_space.parts)
+
+
+def _student_space_v2(
+    student_Nd: Tensor,
+    student_head_Vd: Tensor,
+    projected_teacher_Nd: Tensor,
+    teacher_prediction_N: Tensor,
+    labels_N: Tensor,
+    num_items: Tensor,
+    settings: LossSettings,
+    *,
+    micro_batches: int,
+    agreement_threshold: float,
+) -> Loss:
+    """(1 - alpha) CE + alpha (L_stu + L_t2s_ce): all that the student's head reads, in one pass over its logits."""
+    alpha, count = settings.kd_rate, _count(labels_N)
+    weight = _weights(labels_N, alpha) / num_items
+    t2s_prediction = linear_argmax(
+        projected_teacher_Nd.detach(),
+        student_head_Vd.detach(),
+        num_columns=settings.num_columns,
+        chunk=settings.chunk,
+    )
+    agree = t2s_prediction == teacher_prediction_N
+    agreeing = agree.sum().float()
+    masked = bool(agreeing <= agreement_threshold * len(labels_N))
+    local = alpha * agree.float() / agreeing.clamp(min=1e-3) / micro_batches
+    sums = fused_linear_distillation(
+        student_Nd,
+        student_head_Vd,
+        projected_teacher_Nd,
+        student_head_Vd.detach(),
+        divergence=settings.divergence,
+        options=settings.options,
+        divergence_weight=local if masked else weight,
+        targets=labels_N,
+        target_weight=_weights(labels_N, 1 - alpha) / num_items,
+        teacher_targets=teacher_prediction_N,
+        teacher_target_weight=weight,
+        num_columns=settings.num_columns,
+        chunk=settings.chunk,
+    )
+    divergence = sums.divergence * (micro_batches if masked else num_items)
+    parts = {
+        "ce": (_undo(sums.cross_entropy * num_items, 1 - alpha), count),
+        "t2s_ce": (_undo(sums.teacher_cross_entropy * num_items, alpha), count),
+        "student_space": (_undo(divergence, alpha), torch.ones_like(count) if masked else count),
+        "t2s_agreement": (agreeing, count),
+    }
+    return Loss(sums.total, parts)
 
 
 def _weights(labels_N: Tensor, value: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tenfold.platform.data.examples import load_examples
 from tenfold.platform.data.tokenise import tokenised_dataset
 from tenfold.platform.models.heads import head_from_folder
 from tenfold.platform.models.loading import load_causal_lm, load_tokenizer
+from tenfold.platform.models.randomness import seeded
 from tenfold.platform.models.references import resolve
 from tenfold.platform.storage import Storage
 from tenfold.platform.training.frozen import prepare_frozen
@@ -36,21 +36,19 @@ def build_trainer(context: WorkerContext) -> Trainer:
     student = load_causal_lm(config.student, seed=context.seed, dtype="float32")
     teacher, teacher_head = None, None
     if config.needs_teacher and config.teacher_mode == "cache":
-        rows = with_teacher(rows, Storage(context.config["cache"]), context.config["states"], Path(tempfile.mkdtemp()))
+        # the output folder is this worker's own and goes with it
+        scratch = Path(context.arguments.output_dir)
+        rows = with_teacher(rows, Storage(context.config["cache"]), context.config["states"], scratch)
         # float32 mathematics needs float32 weights; a bfloat16 student takes the smaller form
         dtype = "bfloat16" if context.arguments.bf16 else "float32"
         teacher_head = head_from_folder(resolve(config.teacher)).to(getattr(torch, dtype))
     elif config.needs_teacher:
         model = load_causal_lm(config.teacher, dtype=teacher_dtype(config))
         teacher = prepare_frozen(model, context.deepspeed, context.arguments.device)
-    module = DistillationModule(
-        student,
-        config,
-        num_columns=len(tokenizer),
-        micro_batches=context.world_size * config.training.gradient_accumulation_steps,
-        teacher_head=teacher_head,
-        teacher=teacher,
-    )
+    with seeded(context.seed):  # v1 draws its projectors
+        module = DistillationModule(
+            student, config, num_columns=len(tokenizer), teacher_head=teacher_head, teacher=teacher
+        )
     plain = CausalCollator(tokenizer.pad_token_id)
     taught = CausalCollator(tokenizer.pad_token_id, ragged=("teacher_hidden", "teacher_prediction"))
 

@@ -7,6 +7,7 @@ There is no packing here: rows of like length are put together by transformers' 
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ def tokenised_dataset(examples: Sequence[Example], tokenizer: PreTrainedTokenize
         DataError: a prompt has no tokens, the tokenizer lacks what the template needs, or no example is left.
     """
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
     check_tokenizer(tokenizer, config)
     columns: dict[str, list] = {"input_ids": [], "labels": [], "length": [], "index": []}
@@ -85,7 +87,8 @@ def tokenised_dataset(examples: Sequence[Example], tokenizer: PreTrainedTokenize
         )
     if dropped:
         logger.warning("%d of %d examples are dropped: their prompts leave no response token", dropped, len(examples))
-    return Dataset.from_dict(columns)
+    # a fingerprint of its own: datasets would else hash the whole table, for a cache that nothing here uses
+    return Dataset(InMemoryTable.from_pydict(columns), fingerprint=uuid.uuid4().hex[:16])
 
 
 def _prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[list[int]]:

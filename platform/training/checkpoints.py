@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 PREFIX = "checkpoint-"
+ATTEMPT = "attempt-"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def write_manifest(storage: Storage, record: CheckpointRecord) -> None:
 def list_checkpoints(storage: Storage, job: str) -> list[CheckpointRecord]:
     """Return the complete checkpoints of a job over all attempts, newest first."""
     records = []
-    for attempt in (name for name in storage.list(job) if name.startswith("attempt-")):
+    for attempt in _attempts(storage, job):
         for name in storage.list(f"{job}/{attempt}"):
             manifest = f"{job}/{attempt}/{name}/{MANIFEST}"
             if name.startswith(PREFIX) and storage.exists(manifest):
@@ -107,10 +108,20 @@ def best_of(records: list[CheckpointRecord], metric: str) -> CheckpointRecord | 
 
 
 def prune(storage: Storage, job: str, *, keep_last: int, metric: str) -> None:
-    """Delete all but the `keep_last` newest steps and the best one."""
+    """Delete all but the `keep_last` newest steps and the best one, and what earlier attempts left incomplete."""
     records = list_checkpoints(storage, job)
     steps = sorted({record.step for record in records}, reverse=True)[:keep_last]
     best = best_of(records, metric)
-    for record in records:
-        if record.step not in steps and record is not best:
-            storage.delete(record.path)
+    kept = {record.path for record in records if record.step in steps or record is best}
+    complete = {record.path for record in records}
+    attempts = _attempts(storage, job)
+    for attempt in attempts:
+        for name in storage.list(f"{job}/{attempt}"):
+            path = f"{job}/{attempt}/{name}"
+            # of the newest attempt, files may still be arriving
+            if name.startswith(PREFIX) and path not in kept and (path in complete or attempt != attempts[-1]):
+                storage.delete(path)
+
+
+def _attempts(storage: Storage, job: str) -> list[str]:
+    return [name for name in storage.list(job) if name.startswith(ATTEMPT)]

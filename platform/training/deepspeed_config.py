@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def zero_stage(config: dict[str, Any]) -> int:
 def _preset(name: str) -> dict[str, Any]:
     stage = int(name.removeprefix("zero")[0])
     zero: dict[str, Any] = {"stage": stage}
-    config: dict[str, Any] = {**AUTO_KEYS, "zero_optimization": zero}
+    config: dict[str, Any] = {**copy.deepcopy(AUTO_KEYS), "zero_optimization": zero}
     if stage == 3:
         # Checkpoints then hold whole weights that from_pretrained loads, not only shards.
         zero["stage3_gather_16bit_weights_on_model_save"] = True

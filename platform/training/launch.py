@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import CheckpointError, ClusterError, TenfoldError
-from tenfold.platform.training.checkpoints import CheckpointRecord, best_of, damage, list_checkpoints
+from tenfold.platform.training.checkpoints import ATTEMPT, CheckpointRecord, best_of, damage, list_checkpoints
 from tenfold.platform.training.deepspeed_config import deepspeed_config
 from tenfold.platform.training.options import TrainingOptions
 from tenfold.platform.training.worker import WorkerContext, worker_loop
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from tenfold.platform.context import RunContext
 
 logger = logging.getLogger(__name__)
+
+MAX_CAUSE = 600  # characters of an error in a message; the whole is in a file
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,10 @@ class TrainingResult:
 def train_job(context: RunContext, job: TrainingJob) -> TrainingResult:
     """Run a job to its end and return its checkpoints; a job that has ended is not run again.
 
+    Lost workers and nodes are replaced, `compute.max_failures` times; an error of the program ends the job at once.
+
     Raises:
-        ClusterError: the workers failed more often than `compute.max_failures` allows.
+        ClusterError: too many losses, or a worker's error that is no TenfoldError.
         TenfoldError: what a worker raised, as it was.
     """
     storage, folder = context.storage, f"train/{job.name}"
@@ -62,16 +69,33 @@ def train_job(context: RunContext, job: TrainingJob) -> TrainingResult:
 
 
 def _fit(context: RunContext, job: TrainingJob, folder: str) -> None:
+    """Start the job, again after every loss: Ray's own retries would repeat errors of the program as well."""
+    import ray.train
+    from ray.exceptions import RayError
+
+    for starts_left in range(context.compute.max_failures, -1, -1):
+        try:
+            return _fit_once(context, job, folder)
+        except (ray.train.TrainingFailedError, RayError) as error:
+            if starts_left == 0 or not is_loss(error):
+                raise _explain(context, job, error) from error
+            logger.warning(
+                "%s: %s. Starting again from the newest checkpoint; %d more such losses are allowed",
+                job.name,
+                _first_cause(error),
+                starts_left - 1,
+            )
+
+
+def _fit_once(context: RunContext, job: TrainingJob, folder: str) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
     storage, compute = context.storage, context.compute
-    attempt = f"attempt-{len(storage.list(folder)) + 1:03d}"
-    callbacks = []
-    if context.in_trial:
-        from ray.tune.integration.ray_train import TuneReportCallback
-
-        callbacks.append(TuneReportCallback())
+    earlier = [name for name in storage.list(folder) if name.startswith(ATTEMPT)]
+    last = int(earlier[-1].removeprefix(ATTEMPT)) if earlier else 0
+    attempt = f"{ATTEMPT}{last + 1:03d}"
+    callbacks = [context.trial.callback()] if context.trial is not None else []
     resources = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
         resources["GPU"] = compute.gpus_per_worker
@@ -87,6 +111,7 @@ def _fit(context: RunContext, job: TrainingJob, folder: str) -> None:
         "tracker": asdict(context.tracker.spec()),
         "cpus_per_worker": compute.cpus_per_worker,
         "gpus_per_worker": compute.gpus_per_worker,
+        "quiet": context.trial is not None,
     }
     trainer = TorchTrainer(
         worker_loop,
@@ -98,32 +123,67 @@ def _fit(context: RunContext, job: TrainingJob, folder: str) -> None:
             name=attempt,
             storage_path=f"{storage.root}/{folder}",
             storage_filesystem=storage.filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=callbacks,
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    try:
+    with _interruptible():
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _explain(context, job, error) from error
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make Ctrl-C a KeyboardInterrupt again: Ray's handler stops the workers, leaves with exit code 0, and stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # as in a Tune trial; Ray installs no handler there
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def is_loss(error: Exception) -> bool:
+    """Say whether workers, nodes or the contact between them were lost: a new start may end well.
+
+    What the training function itself raises is a TenfoldError, a RuntimeError or, for lost contact, a ConnectionError
+    (see `worker_loop`). The failure of a rank that Ray cannot reach has a class of Ray's own.
+    """
+    from ray.exceptions import RayError
+
+    failures = _failures(error)
+    if failures:
+        return any(not isinstance(failure, TenfoldError | RuntimeError) for failure in failures.values())
+    return isinstance(getattr(error, "controller_failure", error), RayError)
+
+
+def _failures(error: Exception) -> dict[int, BaseException]:
+    return getattr(error, "worker_failures", None) or {}
+
+
+def _first_cause(error: Exception) -> str:
+    """Return the cause in one line: a dead worker comes before the survivors that lost contact with it."""
+    failures = _failures(error)
+    order = sorted(failures, key=lambda rank: (isinstance(failures[rank], ConnectionError), rank))
+    text = " ".join(str(failures[order[0]] if order else error).split())
+    return text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]} ..."
 
 
 def _explain(context: RunContext, job: TrainingJob, error: Exception) -> TenfoldError:
     """Put the first cause into one sentence and the whole trace into a file of the run."""
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", {}) or {}
     path = f"errors/{job.name}.txt"
     context.storage.write_text(path, str(error))
+    failures = _failures(error)
     for rank in sorted(failures):
-        cause: BaseException | None = failures[rank]
-        while cause is not None:
-            if isinstance(cause, TenfoldError):
-                return type(cause)(str(cause))
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    first = (
-        f"rank {min(failures)}: {str(failures[min(failures)]).strip().splitlines()[-1]}" if failures else str(error)
-    )
+        cause = failures[rank]
+        if isinstance(cause, TenfoldError):
+            return cause
     return ClusterError(
-        f"training {job.name!r} failed ({len(failures)} worker(s)): {first}. The whole trace is in "
+        f"training {job.name!r} failed: {_first_cause(error)}. The whole trace is in "
         f"{context.storage.uri_of(path)}. The same command resumes from the newest checkpoint."
     )
 

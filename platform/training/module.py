@@ -23,12 +23,15 @@ class TrainedModule(nn.Module):
 
     Attributes:
         exported: the model that checkpoints keep in Hugging Face form; everything else is a training aid.
+        micro_batches: forward passes of all ranks in this optimizer step; the Trainer sets it, since the last step of
+            an epoch may have fewer.
     """
 
     # transformers.Trainer then passes num_items_in_batch and scales for accumulation and ranks by itself ...
     accepts_loss_kwargs = True
     # ... counting labels after the causal shift.
     loss_type = "ForCausalLM"
+    micro_batches = 1
 
     def __init__(self, exported: nn.Module):
         super().__init__()

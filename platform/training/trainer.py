@@ -38,6 +38,7 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss; keep the module's statistics for the next report."""
+        self.model.micro_batches = self.args.world_size * self.current_gradient_accumulation_steps
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         for name, (total, count) in outputs["statistics"].items():
             self._sums.setdefault(name, []).append(torch.stack([total.detach().float(), count.detach().float()]))

@@ -5,21 +5,28 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
+import socket
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenfold.platform.errors import CheckpointError
+from tenfold.platform.errors import CheckpointError, TenfoldError
 from tenfold.platform.storage import Storage
 from tenfold.platform.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from tenfold.platform.training.checkpoints import CheckpointRecord
+    from tenfold.platform.training.trainer import Trainer
     from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+# torch.distributed raises plain RuntimeErrors when a peer or the network is gone; they name the back-end.
+LOST_CONTACT = re.compile("gloo|nccl", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,33 @@ def worker_loop(payload: dict[str, Any]) -> dict[str, Any]:
         The last step and the newest metrics (rank 0's become the job's return value).
 
     Raises:
-        CheckpointError: the newest checkpoint was written by another number of workers.
+        TenfoldError: as it was raised; CheckpointError also where the newest checkpoint was written by another number
+            of workers.
+        ConnectionError: contact with another worker was lost; started again, the same job may end well.
+        RuntimeError: any other error, as text.
     """
-    _settle_process(payload)
+    try:
+        settle_process(payload)
+        return _train(payload)
+    except TenfoldError:
+        raise
+    except Exception as error:
+        raise plain_error(error) from error
+
+
+def plain_error(error: Exception) -> Exception:
+    """Return an error with the same text that reaches the driver whatever its class was: many cannot be unpickled."""
+    from ray.exceptions import RayError
+
+    text = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {type(error).__name__}: {error}"
+    lost = isinstance(error, ConnectionError | TimeoutError | RayError) or (
+        isinstance(error, RuntimeError) and LOST_CONTACT.search(str(error)) is not None
+    )
+    return ConnectionError(text) if lost else RuntimeError(text)
+
+
+def _train(payload: dict[str, Any]) -> dict[str, Any]:
     import ray.train
-    import transformers
     from tenfold.platform.tracking import Tracker
     from tenfold.platform.training.report import ReportCallback
 
@@ -72,14 +101,9 @@ def worker_loop(payload: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tenfold-train-") as scratch:
         resume = _checkpoint_to_resume(storage, payload["job"], rank, world_size)
         folder = storage.download(resume.path, Path(scratch) / "resume") if resume else None
-        arguments = _training_arguments(payload, options, Path(scratch) / "out")
-        build = _import(payload["build"])
-        trainer = build(
-            WorkerContext(
-                payload["config"], options, arguments, payload["seed"], rank, world_size, payload["deepspeed"]
-            )
-        )
-        trainer.remove_callback(transformers.PrinterCallback)  # ReportCallback says the same, once
+        if folder is not None and is_complete(folder):
+            return {"step": resume.step}
+        trainer = make_trainer(payload, rank, world_size, Path(scratch))
         trainer.add_callback(
             ReportCallback(
                 storage,
@@ -98,15 +122,42 @@ def worker_loop(payload: dict[str, Any]) -> dict[str, Any]:
         return {"step": trainer.state.global_step}
 
 
-def _settle_process(payload: dict[str, Any]) -> None:
+def is_complete(checkpoint: Path) -> bool:
+    """Say whether a checkpoint is of the last step: transformers would go on for one more."""
+    from transformers.trainer_callback import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step >= state.max_steps
+
+
+def make_trainer(payload: dict[str, Any], rank: int, world_size: int, scratch: Path) -> Trainer:
+    """Return the method's Trainer for this rank; its own files go below `scratch`."""
+    import transformers
+
+    options = TrainingOptions.model_validate(payload["options"])
+    # made before the models, so that these are sharded while they load under ZeRO-3
+    arguments = _training_arguments(payload, options, scratch / "out")
+    build = _import(payload["build"])
+    trainer = build(
+        WorkerContext(payload["config"], options, arguments, payload["seed"], rank, world_size, payload["deepspeed"])
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # ReportCallback says the same, once
+    return trainer
+
+
+def settle_process(payload: dict[str, Any]) -> None:
+    """Set logging, threads and DeepSpeed's device for a worker process; before anything imports deepspeed."""
     logging.basicConfig(
-        level=logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING,
+        # trials of a sweep run side by side: the sweep itself says how they go
+        level=logging.WARNING if payload.get("quiet") or int(os.environ.get("RANK", "0")) else logging.INFO,
         format="%(message)s",
         stream=sys.stdout,
         force=True,
     )
     for noisy in ("transformers", "deepspeed", "DeepSpeed", "accelerate", "alembic", "mlflow", "httpx", "ray"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # said by libraries about each other at every start
+    warnings.filterwarnings("ignore", category=FutureWarning)
     import torch
 
     on_cpu = payload["gpus_per_worker"] == 0

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one experiment as a Ray Tune study."""

@@ -1,0 +1,204 @@
+"""What a sweep measured: collected from the trials' own storage, as a table and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tenfold.platform.experiment import Sweep
+from tenfold.platform.run import read_state
+from tenfold.platform.storage import Storage
+from tenfold.platform.tuning.space import label, short_names, show
+from tenfold.platform.tuning.trial import TRIAL, TrialReports
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial.
+
+    Attributes:
+        run_id: its run.
+        label: its values, for people.
+        values: swept option -> value.
+        status: finished, stopped (early), running (interrupted) or failed.
+        metrics: the final numbers, or those of the last report.
+        reports: what it reported while it trained, by step.
+        error: why it failed.
+        value: the optimised metric; NaN where there is none.
+    """
+
+    run_id: str
+    label: str
+    values: dict[str, Any]
+    status: str
+    metrics: dict[str, float]
+    reports: list[dict[str, float]]
+    error: str | None
+    value: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials that differ in nothing but the seed.
+
+    Attributes:
+        values: the other swept options.
+        trials: how many have a value.
+        mean: of the optimised metric.
+        deviation: sample standard deviation; NaN for one trial.
+    """
+
+    values: dict[str, Any]
+    trials: int
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All trials of a sweep, in the order they were begun."""
+
+    sweep_id: str
+    uri: str
+    sweep: Sweep
+    trials: list[Trial]
+
+    @property
+    def best(self) -> Trial | None:
+        """The finished trial with the best value."""
+        ended = [trial for trial in self.trials if trial.status == "finished" and not math.isnan(trial.value)]
+        sign = 1 if self.sweep.mode == "min" else -1
+        return min(ended, key=lambda trial: sign * trial.value, default=None)
+
+    def groups(self) -> list[Group]:
+        """Return mean and deviation over the seeds, best first; empty when the seed is not swept."""
+        if "seed" not in self.sweep.space:
+            return []
+        found: dict[str, list[Trial]] = {}
+        for trial in self.trials:
+            if trial.status == "finished" and not math.isnan(trial.value):
+                rest = {key: value for key, value in trial.values.items() if key != "seed"}
+                found.setdefault(json.dumps(rest, sort_keys=True), []).append(trial)
+        groups = [
+            Group(
+                json.loads(rest),
+                len(trials),
+                statistics.fmean(trial.value for trial in trials),
+                statistics.stdev(trial.value for trial in trials) if len(trials) > 1 else math.nan,
+            )
+            for rest, trials in found.items()
+        ]
+        return sorted(groups, key=lambda group: group.mean, reverse=self.sweep.mode == "max")
+
+
+def collect(top: Storage, sweep_id: str, sweep: Sweep) -> SweepResult:
+    """Read the trials of a sweep from storage; those that have not begun are not there."""
+    found = []
+    for run_id in top.list():
+        # SWEEP-HASH; a repeated sweep's trials are SWEEP-2-HASH
+        start, _, _ = run_id.rpartition("-")
+        if start != sweep_id or not top.exists(f"{run_id}/{TRIAL}"):
+            continue
+        about = json.loads(top.read_text(f"{run_id}/{TRIAL}"))
+        state = read_state(top, run_id) or {"status": "running"}
+        reports = TrialReports(top.uri_of(run_id), sweep.metric).kept()
+        metrics = state.get("metrics") or (reports[-1] if reports else {})
+        trial = Trial(
+            run_id,
+            label(about["values"], sweep),
+            about["values"],
+            "failed" if about.get("error") else state["status"],
+            metrics,
+            reports,
+            about.get("error"),
+            float(metrics.get(sweep.metric, math.nan)),
+        )
+        found.append((state.get("created", math.inf), trial))
+    return SweepResult(
+        sweep_id, top.uri_of(sweep_id), sweep, [trial for _, trial in sorted(found, key=lambda f: f[0])]
+    )
+
+
+def table_csv(result: SweepResult) -> str:
+    """Return one line per trial: run, status, swept values, all final metrics."""
+    names = short_names(list(result.sweep.space))
+    metrics = sorted({name for trial in result.trials for name in trial.metrics if "/" in name})
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["run", "status", *names.values(), *metrics])
+    for trial in result.trials:
+        row = [trial.run_id, trial.status, *(trial.values[key] for key in names)]
+        writer.writerow([*row, *(trial.metrics.get(name, "") for name in metrics)])
+    return stream.getvalue()
+
+
+def figure(result: SweepResult) -> Figure:
+    """Draw the optimised metric over training, and against every swept option.
+
+    Trials of one value of the first option have one colour; crosses are trials that were stopped early.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as PlainFigure
+
+    keys = [key for key in result.sweep.space if key != "seed"] or list(result.sweep.space)
+    names = short_names(keys)
+    colours = _colours(result, keys[0])
+    drawn = PlainFigure(figsize=(5 + 3.6 * len(keys), 4.2), layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.subplots(1, 1 + len(keys), squeeze=False, width_ratios=[1.4] + [1] * len(keys))[0]
+    for trial in result.trials:
+        steps = [report["step"] for report in trial.reports]
+        values = [report[result.sweep.metric] for report in trial.reports]
+        axes[0].plot(steps, values, ".-", color=colours[show(trial.values[keys[0]])], alpha=0.8)
+        if trial.status == "stopped" and steps:
+            axes[0].plot(steps[-1], values[-1], "x", color="black", markersize=8)
+    for text, colour in colours.items():
+        axes[0].plot([], [], color=colour, label=f"{names[keys[0]]} = {text}")
+    axes[0].set(xlabel="step", ylabel=result.sweep.metric, title="by step")
+    axes[0].legend(fontsize=8)
+    for axis, key in zip(axes[1:], keys, strict=True):
+        _draw_option(axis, result, key, names[key], colours, keys[0])
+    values = [trial.value for trial in result.trials if math.isfinite(trial.value)]
+    if values and min(values) > 0 and max(values) > 5 * min(values):
+        for axis in axes:
+            axis.set_yscale("log")
+    drawn.suptitle(result.sweep_id, fontsize=10)
+    return drawn
+
+
+def _colours(result: SweepResult, key: str) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    texts = list(dict.fromkeys(show(trial.values[key]) for trial in result.trials))
+    if len(texts) <= 10:
+        return dict(zip(texts, colormaps["tab10"].colors, strict=False))
+    return {text: colormaps["viridis"](i / (len(texts) - 1)) for i, text in enumerate(texts)}
+
+
+def _draw_option(axis: Axes, result: SweepResult, key: str, name: str, colours: dict[str, Any], first: str) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    dimension = result.sweep.space[key]
+    ended = [trial for trial in result.trials if math.isfinite(trial.value)]
+    numeric = dimension.choice is None and dimension.grid is None
+    ticks = list(dict.fromkeys(show(value) for value in (dimension.grid or dimension.choice or ())))
+    for trial in ended:
+        at = trial.values[key] if numeric else ticks.index(show(trial.values[key]))
+        marker = "x" if trial.status == "stopped" else "o"
+        axis.plot(at, trial.value, marker, color=colours[show(trial.values[first])], alpha=0.8)
+    if dimension.loguniform is not None:
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    if not numeric:
+        axis.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
+        axis.margins(x=0.2)
+    axis.set(xlabel=name, title=f"final {result.sweep.metric}")
