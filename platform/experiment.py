@@ -1,7 +1,9 @@
 """The experiment file: strict models, loading, dotted overrides, and every error at once.
 
 One YAML file describes one run. Its `config` section belongs to the method and is checked by the method's own model,
-the other sections are the platform's. Nothing here imports torch or ray: `tenfold --plan` and `--help` stay quick.
+the other sections are the platform's. A file with `base: method/name` (or a path) holds only what differs from that
+experiment: sections are merged, values and lists replaced. Nothing here imports torch or ray: `tenfold --help` stays
+quick.
 """
 
 from __future__ import annotations
@@ -263,13 +265,41 @@ def load_experiment(reference: str, overrides: Sequence[str] = ()) -> LoadedExpe
     Raises:
         ConfigError: one message with every problem found: file, key, value, what is allowed, the nearest valid key.
     """
+    data, source = _read_with_bases(reference, ())
+    for override in overrides:
+        apply_override(data, override)
+    return check_experiment(data, source, tuple(overrides))
+
+
+def _read_with_bases(reference: str, above: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Return a file's content laid over that of its `base`, and where it came from."""
     text, source = read_source(reference)
     data = parse_yaml(text, source)
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: needs `key: value` lines at the top; found {type(data).__name__}")
-    for override in overrides:
-        apply_override(data, override)
-    return check_experiment(data, source, tuple(overrides))
+    base = data.pop("base", None)
+    if base is None:
+        return data, source
+    if not isinstance(base, str):
+        raise ConfigError(
+            f"{source}: base = {base!r}: give method/name of a packaged experiment, or a YAML file's path"
+        )
+    if base in (*above, reference):
+        raise ConfigError(f"{source}: base = {base!r}: the experiments are based on each other in a circle")
+    try:
+        under, _ = _read_with_bases(base, (*above, reference))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: base: {error}") from error
+    return _merged(under, data), source
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `under` with the values of `over`; sections are merged, anything else is replaced."""
+    both = {
+        key: _merged(under[key], value) if isinstance(value, dict) and isinstance(under.get(key), dict) else value
+        for key, value in over.items()
+    }
+    return {**under, **both}
 
 
 def check_experiment(data: dict[str, Any], source: str, overrides: tuple[str, ...] = ()) -> LoadedExperiment:

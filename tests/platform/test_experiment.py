@@ -63,6 +63,27 @@ def test_override_sets_nested_keys_and_list_items():
     assert data == {"a": {"b": 2}, "c": [{"d": [1, 2]}], "e": {"f": "x"}}
 
 
+def test_a_base_gives_what_a_file_does_not_say(tmp_path):
+    base, middle, top = (tmp_path / f"{name}.yaml" for name in ("base", "middle", "top"))
+    middle.write_text("base: dskd/demo\nseed: 5\nconfig: {training: {learning_rate: 1.0e-3}}\n")
+    top.write_text(f"base: {middle}\nname: top\nconfig: {{data: {{train: [{{path: a.json}}]}}}}\n")
+    demo, changed = load_experiment("dskd/demo"), load_experiment(str(top))
+    assert changed.experiment.name == "top"
+    assert changed.experiment.seed == 5
+    assert changed.config.training.learning_rate == 1e-3
+    assert changed.config.training.num_train_epochs == demo.config.training.num_train_epochs
+    assert [source.path for source in changed.config.data.train] == ["a.json"]
+    assert "base" not in changed.resolved()
+
+    base.write_text(f"base: {top}\n")
+    middle.write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError, match="in a circle"):
+        load_experiment(str(top))
+    base.write_text("base: dskd/dmo\n")
+    with pytest.raises(ConfigError, match=r"middle\.yaml: base: .*base\.yaml: base: .*did you mean dskd/demo"):
+        load_experiment(str(top))
+
+
 @pytest.mark.parametrize("override", ["novalue", "=1", "a..b=1", "a.b.c=1"])
 def test_bad_override_is_refused(override):
     with pytest.raises(ConfigError, match="override"):
