@@ -189,13 +189,14 @@ def _capacity(compute: Compute, plan: bool, concurrent: int = 1) -> bool:
 
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one message without a traceback."""
+    import os
     import sys
 
     from tenfold.platform.errors import TenfoldError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tenfold").setLevel(logging.INFO)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it sets its own loggers when it is imported
     try:
         app()
     except TenfoldError as error:

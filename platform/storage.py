@@ -156,7 +156,7 @@ class Storage:
         Raises:
             FileNotFoundError: the storage has nothing there.
         """
-        from pyarrow.fs import LocalFileSystem, copy_files
+        from pyarrow.fs import FileType, LocalFileSystem, copy_files
 
         disk = LocalFileSystem()
         if not self.exists(path):
@@ -168,6 +168,8 @@ class Storage:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
             copy = Path(temporary) / target.name
+            if self.filesystem.get_file_info(self._full(path)).type == FileType.Directory:
+                copy.mkdir()
             copy_files(
                 self._full(path),
                 str(copy),

@@ -169,7 +169,11 @@ def _first_cause(error: Exception) -> str:
     """Return the cause in one line: a dead worker comes before the survivors that lost contact with it."""
     failures = _failures(error)
     order = sorted(failures, key=lambda rank: (isinstance(failures[rank], ConnectionError), rank))
-    text = " ".join(str(failures[order[0]] if order else error).split())
+    text = str(failures[order[0]] if order else error)
+    if order and not isinstance(failures[order[0]], TenfoldError | RuntimeError | ConnectionError):
+        # Ray's own, which says where the process was before it says what happened
+        text = f"rank {order[0]} was lost: {text.strip().splitlines()[-1]}"
+    text = " ".join(text.split())
     return text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]} ..."
 
 

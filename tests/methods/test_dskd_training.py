@@ -1,0 +1,215 @@
+"""DSKD trained for three steps by two processes: the same losses and weights under all of DeepSpeed's settings."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tenfold.methods.dskd.config import DSKDConfig
+from tenfold.methods.dskd.objective import LossSettings, dual_space_v2
+from tenfold.methods.dskd.teacher import encode_rows
+from tenfold.platform import cluster
+from tenfold.platform.data.examples import load_examples
+from tenfold.platform.data.tokenise import tokenised_dataset
+from tenfold.platform.experiment import check_experiment
+from tenfold.platform.losses.divergence import DivergenceOptions
+from tenfold.platform.models.loading import load_causal_lm, load_tokenizer
+from tenfold.platform.run import run
+from tenfold.platform.storage import Storage
+from tenfold.platform.training.deepspeed_config import deepspeed_config
+
+pytestmark = [pytest.mark.slow]
+
+SCRIPT = Path(__file__).parent.parent / "platform" / "training" / "training_ranks.py"
+TEACHER = "sample:models/stories260K"
+STEPS = 3
+OWN_SETTINGS = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": "auto",
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": 2000,
+    },
+}
+# objective, DeepSpeed settings, teacher; the first of each objective is what the others are compared with
+COMBINATIONS = [
+    ("dual_space_v1", "zero2", "cache"),
+    ("dual_space_v1", "zero0", "cache"),
+    ("dual_space_v1", "zero3_offload", "cache"),
+    ("dual_space_v1", "zero3", "live"),
+    ("dual_space_v2", "zero2", "cache"),
+    ("dual_space_v2", "zero1", "cache"),
+    ("dual_space_v2", "zero3", "cache"),
+    ("dual_space_v2", "zero2_offload", "cache"),
+    ("dual_space_v2", "zero2", "live"),
+    ("dual_space_v2", "zero3", "live"),
+    ("dual_space_v2", "own.json", "live"),
+]
+
+
+def options(student, **more):
+    data = {
+        "train": [{"path": "sample:instruct/short_instructions.json", "stop": 24}],
+        "validation_ratio": 0.2,
+        "template": "none",
+        "max_length": 64,
+        "max_prompt_length": 32,
+    }
+    training = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-4,  # with the default the sign of a gradient of 1e-9 would decide about whole updates
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    own = {"student": student, "teacher": {"model": TEACHER}, "teacher_dtype": "float32", "data": data}
+    evaluation = {"seeds": [10], "max_rows": 2, "generation": {"max_new_tokens": 2}}
+    return {**own, "training": training, "loss_chunk_rows": 16, "evaluation": evaluation, **more}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A student that has its weights already: under ZeRO-3 fresh ones are drawn in another order."""
+    shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "max_position_embeddings": 256}
+    fresh = DSKDConfig(**options({"config": shape, "tokenizer": TEACHER})).student
+    folder = tmp_path_factory.mktemp("student")
+    load_causal_lm(fresh, seed=3, dtype="float32").save_pretrained(folder)
+    load_tokenizer(fresh).save_pretrained(folder)
+    return {"model": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def own_settings(tmp_path_factory):
+    path = tmp_path_factory.mktemp("deepspeed") / "own.json"
+    path.write_text(json.dumps(OWN_SETTINGS))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, student, own_settings):
+    """Folder of each combination, all trained by one pair of processes."""
+    base = tmp_path_factory.mktemp("trained")
+    config = DSKDConfig(**options(student))
+    rows = tokenised_dataset(load_examples(config.data).train, load_tokenizer(config.student), config.data)
+    cache = Storage(base / "cache")
+    here = SimpleNamespace(
+        cache=cache,
+        compute=SimpleNamespace(cpus_per_worker=1, gpus_per_worker=0),
+        map=lambda function, items, **_: [function(item) for item in items],
+    )
+    states = encode_rows(here, config, list(rows), "training")
+    jobs, folders = [], {}
+    for combination in COMBINATIONS:
+        objective, settings, teacher_mode = combination
+        config = DSKDConfig(**options(student, objective=objective, teacher_mode=teacher_mode))
+        folders[combination] = base / "-".join(combination)
+        folders[combination].mkdir()
+        jobs.append(
+            {
+                "build": "tenfold.methods.dskd.trainer:build_trainer",
+                "config": {"dskd": config.model_dump(mode="json"), "cache": cache.uri, "states": states},
+                "options": config.training.model_dump(mode="json"),
+                "deepspeed": deepspeed_config(own_settings if settings == "own.json" else settings),
+                "seed": 10,
+                "output": str(folders[combination]),
+            }
+        )
+    (base / "jobs.json").write_text(json.dumps(jobs))
+    subprocess.run([sys.executable, str(SCRIPT), str(base / "jobs.json"), "2"], check=True, timeout=300)
+    return folders
+
+
+def losses(folder):
+    return json.loads((folder / "result.json").read_text())["losses"]
+
+
+def first_of(combination):
+    return next(one for one in COMBINATIONS if one[0] == combination[0])
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_settings_and_teacher_modes_give_the_same_losses(trained, combination):
+    found, expected = losses(trained[combination]), losses(trained[first_of(combination)])
+    assert len(set(found)) == STEPS
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_saved_student_is_whole_and_has_the_same_weights(trained, student, combination):
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(
+        trained[combination], dtype="float32", output_loading_info=True
+    )
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    before = AutoModelForCausalLM.from_pretrained(student["model"], dtype="float32").state_dict()
+    same = AutoModelForCausalLM.from_pretrained(trained[first_of(combination)], dtype="float32").state_dict()
+    for name, weight in model.state_dict().items():
+        assert weight.shape == before[name].shape
+        torch.testing.assert_close(weight, same[name], rtol=1e-5, atol=1e-6, msg=name)
+    moved = (model.get_output_embeddings().weight - before["lm_head.weight"]).abs().max().item()
+    assert moved > 1e-4
+
+
+@pytest.mark.parametrize("spaces", ["both", "student", "teacher"])
+def test_v2_finds_the_teachers_prediction_by_itself(spaces):
+    draw = torch.Generator().manual_seed(0)
+    rows, columns, small, large = 7, 11, 4, 6
+
+    def tensor(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    student_head, teacher_head, teacher = tensor(columns, small), tensor(columns, large), tensor(rows, large)
+    states = (tensor(rows, small), student_head, teacher, teacher_head, tensor(rows, small), tensor(rows, large))
+    labels = torch.randint(columns, (rows,), generator=draw)
+    settings = LossSettings("forward_kl", DivergenceOptions(temperature=2.0), 0.5, columns - 1, 3)
+    best = (teacher @ teacher_head[: columns - 1].T).argmax(1)
+    given, found = (
+        dual_space_v2(*states, prediction, labels, torch.tensor(7.0), settings, spaces=spaces)
+        for prediction in (best, None)
+    )
+    torch.testing.assert_close(found.total, given.total)
+    assert found.parts.keys() == given.parts.keys()
+    for name, part in given.parts.items():
+        torch.testing.assert_close(found.parts[name], part)
+
+
+@pytest.mark.ray
+def test_a_launched_run_with_own_settings_and_a_live_teacher_gives_the_same_losses(
+    trained, student, own_settings, tmp_path
+):
+    from mlflow import MlflowClient
+
+    config = options(student, objective="dual_space_v2", teacher_mode="live")
+    loaded = check_experiment(
+        {
+            "name": "own-settings",
+            "method": "dskd",
+            "config": config,
+            "compute": {"workers": 2, "deepspeed": own_settings, "max_failures": 0},
+            "storage": str(tmp_path / "runs"),
+            "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+        },
+        "own-settings",
+    )
+    cluster.connect(num_cpus=2, include_dashboard=False)
+    try:
+        result = run(loaded)
+    finally:
+        cluster.shutdown()
+    history = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_metric_history(
+        result.mlflow_run_id, "train/loss"
+    )
+    found = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+    assert found == pytest.approx(losses(trained["dual_space_v2", "own.json", "live"]), rel=1e-5)

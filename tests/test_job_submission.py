@@ -1,0 +1,181 @@
+"""`ray job submit` to a cluster with token authentication, as docs/operations.md tells it."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+REPOSITORY = Path(__file__).parents[1]
+CONTRACT = REPOSITORY / "tests" / "methods" / "dskd" / "contract.yaml"
+START_SECONDS = 60
+JOB_SECONDS = 240
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ray(*arguments, env, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+        **options,
+    )
+
+
+def answers(url):
+    try:
+        urllib.request.urlopen(url, timeout=2)
+    except urllib.error.HTTPError as error:
+        return error.code == 401
+    except OSError:
+        return False
+    return True
+
+
+def stop(head):
+    """End the head's process group, and no other Ray."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(timeout=15)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    # Not tmp_path: Ray's sockets lie below it, and a socket's path has at most 107 characters.
+    path = Path(tempfile.mkdtemp(prefix="tf-job-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def job_folder(folder):
+    """The tree as docs/operations.md sends it, made from a copy: building writes into its source."""
+    source = folder / "source"
+    source.mkdir()
+    for name in ("platform", "methods", "serve", "samples"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "runtime_env.yaml"):
+        shutil.copy(REPOSITORY / name, source)
+    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target", "build/job", "."]
+    subprocess.run([sys.executable, "-m", "pip", *install], cwd=source, check=True, timeout=120)
+    return source
+
+
+@pytest.fixture(scope="module")
+def cluster(folder):
+    """A head node with token authentication: its URL, and the environments of a client with and without the token."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    without = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    without |= {
+        "RAY_TMPDIR": str(folder / "ray"),  # nobody finds this cluster by looking into /tmp/ray
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on the loopback interface only
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    env = without | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    url_port, agent_port = free_port(), free_port()
+    command = ["start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--temp-dir", env["RAY_TMPDIR"]]
+    command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--ray-client-server-port={free_port()}"]
+    command += [f"--dashboard-port={url_port}", f"--dashboard-agent-listen-port={agent_port}"]
+    command += [f"--object-store-memory={2**28}"]
+    with (folder / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", *command],
+            env=env,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{url_port}"
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not answers(f"{url}/api/version"):
+            assert head.poll() is None, (folder / "head.log").read_text()
+            assert time.monotonic() < end, (folder / "head.log").read_text()
+            time.sleep(0.3)
+        yield url, env, without
+    finally:
+        stop(head)
+
+
+@pytest.mark.parametrize(
+    ("auth", "told"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "Authentication required"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "Authentication failed"),
+    ],
+    ids=["no-token", "wrong-token"],
+)
+def test_without_the_token_nothing_is_submitted(cluster, auth, told):
+    url, env, without = cluster
+    refused = ray("job", "submit", "--address", url, "--", "tenfold", "methods", env=without | auth)
+    assert refused.returncode == 1
+    assert told in refused.stderr
+    jobs = ray("job", "list", "--address", url, env=env)
+    assert jobs.returncode == 0, jobs.stderr
+    assert "SubmissionId" not in jobs.stdout + jobs.stderr
+
+
+def test_a_submitted_run_uses_the_sent_tree_and_the_running_cluster(cluster, job_folder, folder):
+    url, env, _ = cluster
+    experiment = yaml.safe_load(CONTRACT.read_text())
+    experiment |= {
+        "storage": str(folder / "runs"),
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
+        "compute": {"workers": 1, "deepspeed": "zero2"},
+    }
+    experiment["config"]["training"]["max_steps"] = 1
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    worker = job_folder / "build" / "job" / "tenfold" / "platform" / "training" / "worker.py"
+    worker.write_text(worker.read_text() + '\nprint("this is the sent tree")\n')
+    command = ["job", "submit", "--address", url, "--runtime-env", "runtime_env.yaml", "--"]
+    command += ["python", "-m", "tenfold.platform.cli", "run", str(path)]
+    done = ray(*command, env=env, cwd=job_folder)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    [state] = (folder / "runs").glob("dskd-contract-*/run.json")
+    assert json.loads(state.read_text())["status"] == "finished"
+    assert (state.parent / "models" / "student" / "model.safetensors").is_file()
+    assert any("RayTrainWorker" in line and "this is the sent tree" in line for line in output.splitlines()), output
+    # A local cluster beside the running one would have made a second session.
+    assert len(list((folder / "ray").glob("session_2*"))) == 1
+
+
+def test_a_bad_experiment_fails_the_job_with_its_one_message(cluster):
+    url, env, _ = cluster
+    command = ["job", "submit", "--address", url, "--", "tenfold", "run", "dskd/demo", "config.objectiv=kl"]
+    done = ray(*command, env=env)
+    assert done.returncode == 1
+    log = done.stdout + done.stderr
+    assert "error: dskd/demo with config.objectiv=kl: 1 problem(s)" in log
+    assert "did you mean config.objective?" in log
+    assert "failed with exit code 2" in log
+    assert "Traceback" not in log
