@@ -202,6 +202,9 @@ def main() -> None:
     except TenfoldError as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; the same command goes on from here", err=True, fg=typer.colors.YELLOW)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ class Compute(StrictModel):
         "zero2",
         description=f"one of {', '.join(DEEPSPEED_PRESETS)}, a path to a DeepSpeed JSON file, or its content",
     )
-    max_failures: int = Field(3, ge=0, description="restarts of the worker group after lost workers or nodes")
+    max_failures: int = Field(
+        3, ge=0, description="new starts after lost workers or nodes; errors of the program end a run"
+    )
 
 
 class Tracking(StrictModel):
