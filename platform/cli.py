@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from tenfold.platform.experiment import Compute
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -202,9 +204,10 @@ def main() -> None:
     except TenfoldError as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("interrupted; the same command goes on from here", err=True, fg=typer.colors.YELLOW)
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:  # typer's code after Ctrl-C
+            typer.secho("interrupted; the same command goes on from here", err=True, fg=typer.colors.YELLOW)
+        raise
 
 
 if __name__ == "__main__":

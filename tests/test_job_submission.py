@@ -60,7 +60,7 @@ def stop(head):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=15)
+            head.wait(timeout=5)
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def server(command, url, folder, env):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, sign)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
+                process.wait(timeout=10)
 
 
 def test_every_command_of_the_readme_is_run_by_a_test_and_none_is_stale():
