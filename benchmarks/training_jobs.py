@@ -65,7 +65,8 @@ def window_tokens(states: States, schedule: Schedule) -> list[int]:
 def bare_loops(states: States, schedule: Schedule, tokens: list[int]) -> tuple[JobTimes, JobTimes]:
     """Time one bare loop on one core, and two at once on a core each that share the rows and exchange nothing.
 
-    The second is what two workers could reach if nothing was left to send, to wait for or to run beside them.
+    The second is what two workers reach with nothing to send, to wait for or to run beside them. Each updates all
+    weights, while ZeRO-2 shares that work, so it is no strict bound.
     """
     work = Work("tenfold", "kl", "cached", 1, states)
     single, double = JobTimes(), JobTimes()

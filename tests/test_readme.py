@@ -189,7 +189,9 @@ def test_methods_are_listed(shell):
 
 def test_make_test_runs_all_tests():
     """The command itself runs this test; a dry run shows that it leaves none out."""
-    done = subprocess.run(["make", "-n", "test"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "--no-print-directory", "test"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == ".venv/bin/python -m pytest"
 
 
