@@ -141,7 +141,7 @@ def run(
         try:
             outcome = loaded.method.run(loaded.config, context)
         except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         tracker.log_metrics(outcome.metrics)
         state |= {
