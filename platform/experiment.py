@@ -203,12 +203,15 @@ def read_source(reference: str) -> tuple[str, str]:
         path = Path(reference).expanduser()
         if not path.is_file():
             raise ConfigError(f"{reference}: no such file. Give a YAML file, or one of: {_experiment_list()}")
-        return path.read_text(encoding="utf-8"), str(path)
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{reference}: cannot be read as text: {error}. Give a YAML file in UTF-8") from error
     known = packaged_experiments()
     if reference not in known:
         hint = nearest(reference, known)
         raise ConfigError(
-            f"{reference}: no such experiment{f'; did you mean {hint}?' if hint else ''} "
+            f"{reference}: no such experiment{f'; did you mean {hint}?' if hint else '.'} "
             f"Known: {_experiment_list()}. A path to a file must end in .yaml"
         )
     return known[reference].read_text(encoding="utf-8"), reference
@@ -315,7 +318,7 @@ def check_experiment(data: dict[str, Any], source: str, overrides: tuple[str, ..
         else:
             hint = nearest(name, method_names())
             errors.append(
-                f"method = {name!r}: unknown method{f'; did you mean {hint}?' if hint else ''} "
+                f"method = {name!r}: unknown method{f'; did you mean {hint}?' if hint else ';'} "
                 f"known: {', '.join(method_names())}"
             )
     config = None

@@ -214,10 +214,10 @@ def test_a_deepspeed_file_that_holds_no_object_is_refused(experiment, refused, t
     assert str(path) in message
 
 
-@pytest.mark.parametrize("text", ["name: [", "- a\n- b\n", "", "name: a\nname: b\n"])
-def test_a_file_that_is_no_experiment_is_refused_with_its_name(tmp_path, tenfold, text):
+@pytest.mark.parametrize("content", [b"name: [", b"- a\n- b\n", b"", b"name: a\nname: b\n", b"name: \xff\n"])
+def test_a_file_that_is_no_experiment_is_refused_with_its_name(tmp_path, tenfold, content):
     path = tmp_path / "experiment.yaml"
-    path.write_text(text)
+    path.write_bytes(content)
     code, said = tenfold("run", path)
     assert code == 2, said
     assert said.count("error: ") == 1

@@ -178,6 +178,10 @@ def _hub_rows(name: str, split: str) -> Rows:
 
 def _ray_rows(path: str, shown: str) -> Rows:
     import ray.data
+    from tenfold.platform import cluster
+
+    # Otherwise Ray Data starts a cluster by its own rules.
+    cluster.connect()
 
     context = ray.data.DataContext.get_current()
     keep = context.execution_options.preserve_order
