@@ -109,9 +109,8 @@ def trainer_alone(states: States, schedule: Schedule, tokens: list[int]) -> JobT
 def _train_alone(states: States, schedule: Schedule) -> list[float]:
     """Return when training began and when each window ended."""
     torch.set_num_threads(1)
-    from tenfold.methods.dskd.trainer import build_trainer
-    from tenfold.platform.training.worker import WorkerContext
-    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+    from tenfold.platform.training.worker import make_trainer
+    from transformers import TrainerCallback
 
     ends: list[float] = []
 
@@ -125,23 +124,15 @@ def _train_alone(states: States, schedule: Schedule) -> list[float]:
 
     config = job_config(states, schedule, 1)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            use_cpu=True,
-            seed=SEED,
-            lr_scheduler_type="constant",
-            report_to="none",
-            disable_tqdm=True,
-            log_level="warning",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            include_num_input_tokens_seen="non_padding",
-            average_tokens_across_devices=True,
-            **config.training.arguments(),
-        )
-        payload = {"dskd": config.model_dump(mode="json"), "cache": states.cache, "states": states.folder}
-        trainer = build_trainer(WorkerContext(payload, config.training, arguments, SEED, 0, 1, {}))
-        trainer.remove_callback(PrinterCallback)
+        payload = {
+            "build": "tenfold.methods.dskd.trainer:build_trainer",
+            "config": {"dskd": config.model_dump(mode="json"), "cache": states.cache, "states": states.folder},
+            "options": config.training.model_dump(mode="json"),
+            "deepspeed": None,
+            "seed": SEED,
+            "gpus_per_worker": 0,
+        }
+        trainer = make_trainer(payload, 0, 1, Path(folder))
         trainer.add_callback(Clock())
         trainer.train()
     return ends

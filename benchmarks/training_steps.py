@@ -163,7 +163,6 @@ class Step:
                 student,
                 self.options,
                 num_columns=len(tokenizer),
-                micro_batches=1,
                 teacher_head=self.head,
                 teacher=self.teacher,
             )

@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. config.training.max_steps=50")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="check everything, print the plan, start nothing")]
 Reference = Annotated[str, typer.Argument(help="method/name of a packaged experiment, or a path to a YAML file")]
 Run = Annotated[str, typer.Argument(help="a run's id, the unique start of it, or its folder")]
 StoragePlace = Annotated[str, typer.Option("--storage", help="where the runs are")]
@@ -42,7 +43,7 @@ def methods(
 def run(
     experiment: Reference,
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="check everything, print the plan, start nothing")] = False,
+    plan: PlanOnly = False,
     new: Annotated[
         bool, typer.Option("--new", help="start afresh beside an earlier run of the same experiment")
     ] = False,
@@ -63,7 +64,7 @@ def run(
 def sweep(
     experiment: Reference,
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="check everything, print the plan, start nothing")] = False,
+    plan: PlanOnly = False,
     new: Annotated[
         bool, typer.Option("--new", help="start afresh beside an earlier sweep of the same experiment")
     ] = False,

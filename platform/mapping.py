@@ -65,14 +65,14 @@ def map_items(
         max_retries=LOST_WORKER_RETRIES,
         # a trial of a sweep reserves next to nothing for itself: its pieces must not be confined to that
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
-    )(_piece)
+    )(function)
     waiting = [(key, item) for key, item in zip(names, items, strict=True) if key not in results]
     running: dict[Any, str] = {}
     at_once = max(2 * int(ray.cluster_resources().get("CPU", 1) / max(cpus, 0.01)), 1)
     while waiting or running:
         while waiting and len(running) < at_once:
             key, item = waiting.pop(0)
-            running[task.remote(function, item)] = key
+            running[task.remote(item)] = key
         done, _ = ray.wait(list(running), num_returns=1)
         for reference in done:
             key = running.pop(reference)
@@ -80,14 +80,6 @@ def map_items(
             context.storage.write_text(f"{folder}/{key}.json", json.dumps(results[key]))
             logger.info("%s: %d of %d", name, len(results), len(items))
     return [results[key] for key in names]
-
-
-def _piece(function: Callable[[Any], Any], item: Any) -> Any:
-    """Run one piece in a worker process, without the libraries' progress bars."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    return function(item)
 
 
 def _result_of(reference: Any, name: str, key: str) -> Any:

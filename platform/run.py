@@ -20,7 +20,7 @@ from tenfold.platform.errors import ConfigError
 from tenfold.platform.experiment import LoadedExperiment, check_experiment
 from tenfold.platform.method import Outcome, PlanSection
 from tenfold.platform.storage import Storage
-from tenfold.platform.tracking import Tracker, absolute_uri, check_tracking
+from tenfold.platform.tracking import Status, Tracker, absolute_uri, check_tracking
 from tenfold.platform.training.deepspeed_config import deepspeed_config
 from tenfold.platform.validation import nearest
 
@@ -116,7 +116,7 @@ def run(
             )
         storage = Storage(top.uri_of(run_id))
         uri = absolute_uri(experiment.tracking.uri, Path.cwd())
-        tracker = _start_tracker(loaded, uri, run_id, storage, state, parent_run_id)
+        tracker = start_tracker(loaded, uri, run_id, storage, state, parent_run_id)
         logger.info("%s run %s", "resuming" if state else "starting", run_id)
         state = {
             "run_id": run_id,
@@ -141,7 +141,8 @@ def run(
         try:
             outcome = loaded.method.run(loaded.config, context)
         except BaseException as error:
-            tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+            if trial is None:  # only its sweep knows why a trial ends
+                tracker.finish(status_after(error))
             raise
         tracker.log_metrics(outcome.metrics)
         state |= {
@@ -243,9 +244,29 @@ def evaluate(found: FinishedRun) -> dict[str, float]:
     return metrics
 
 
-def _start_tracker(
-    loaded: LoadedExperiment, uri: str, run_id: str, storage: Storage, state: dict[str, Any] | None, parent: str | None
+def status_after(error: BaseException) -> Status:
+    """Return the MLflow status of what an exception has ended."""
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
+def start_tracker(
+    loaded: LoadedExperiment,
+    uri: str,
+    run_id: str,
+    storage: Storage,
+    state: dict[str, Any] | None,
+    parent: str | None = None,
 ) -> Tracker:
+    """Start the MLflow run of a run or a sweep, or go on with it, and log what it was started with.
+
+    Args:
+        loaded: the experiment.
+        uri: absolute tracking URI.
+        run_id: the run's or the sweep's id.
+        storage: its folder.
+        state: what an earlier start has written about itself.
+        parent: MLflow run above it.
+    """
     experiment = loaded.experiment
     check_tracking(uri)
     tracker = Tracker.start(
@@ -254,25 +275,20 @@ def _start_tracker(
         run_id,
         run_id=state["mlflow_run_id"] if state else None,
         parent_run_id=parent,
-        tags=run_tags(run_id, experiment.method, storage),
+        tags={
+            "tenfold.run": run_id,
+            "tenfold.method": experiment.method,
+            "tenfold.git": _git_commit(),
+            "tenfold.storage": storage.uri,
+            **{f"tenfold.version.{name}": importlib.metadata.version(name) for name in STACK},
+            "tenfold.version.python": platform.python_version(),
+        },
         artifact_root=None,
         spool=spool_path(storage),
     )
     tracker.log_params(flatten(loaded.resolved()))
     tracker.log_text(yaml.safe_dump(loaded.resolved(), sort_keys=False), "experiment.yaml")
     return tracker
-
-
-def run_tags(run_id: str, method: str, storage: Storage) -> dict[str, str]:
-    """Return the MLflow tags that say what made a run: versions, commit, place."""
-    return {
-        "tenfold.run": run_id,
-        "tenfold.method": method,
-        "tenfold.git": _git_commit(),
-        "tenfold.storage": storage.uri,
-        **{f"tenfold.version.{name}": importlib.metadata.version(name) for name in STACK},
-        "tenfold.version.python": platform.python_version(),
-    }
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -159,7 +159,8 @@ class Storage:
         from pyarrow.fs import FileType, LocalFileSystem, copy_files
 
         disk = LocalFileSystem()
-        if not self.exists(path):
+        kind = self.filesystem.get_file_info(self._full(path)).type
+        if kind == FileType.NotFound:
             raise FileNotFoundError(f"{self.uri_of(path)}: no such file or folder")
         local = self.local_path(path)
         if local is not None:
@@ -168,7 +169,7 @@ class Storage:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
             copy = Path(temporary) / target.name
-            if self.filesystem.get_file_info(self._full(path)).type == FileType.Directory:
+            if kind == FileType.Directory:
                 copy.mkdir()
             copy_files(
                 self._full(path),

@@ -25,9 +25,7 @@ class LanguageModels:
     def __init__(self, config: dict[str, Any]) -> None:
         import torch
         from tenfold.serve.service import LanguageService
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
         logging.getLogger("tenfold").setLevel(logging.INFO)
         parsed = parse_config(config)
         if parsed.replicas.gpus:

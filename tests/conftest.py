@@ -8,6 +8,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,26 @@ CORPUS = [
     "What is the capital of France? The capital of France is Paris.",
     "Name three colours: red, green and blue. The chef cooks the meal every day.",
 ]
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """Return a function that gives a TCP port of the loopback interface on which nothing listens."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def short_folder():
+    """Return a folder with a short path: a socket's path has at most 107 characters, and Ray's lie below it."""
+    path = Path(tempfile.mkdtemp(prefix="tf-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,8 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,12 +22,6 @@ REPOSITORY = Path(__file__).parents[1]
 CONTRACT = REPOSITORY / "tests" / "methods" / "dskd" / "contract.yaml"
 START_SECONDS = 60
 JOB_SECONDS = 240
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def ray(*arguments, env, **options):
@@ -64,11 +56,8 @@ def stop(head):
 
 
 @pytest.fixture(scope="module")
-def folder():
-    # Not tmp_path: Ray's sockets lie below it, and a socket's path has at most 107 characters.
-    path = Path(tempfile.mkdtemp(prefix="tf-job-"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+def folder(short_folder):
+    return short_folder
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +75,7 @@ def job_folder(folder):
 
 
 @pytest.fixture(scope="module")
-def cluster(folder):
+def cluster(folder, free_port):
     """A head node with token authentication: its URL, and the environments of a client with and without the token."""
     token = folder / "token"
     token.touch(mode=0o600)

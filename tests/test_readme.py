@@ -6,12 +6,9 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -67,18 +64,9 @@ def shown_commands(text):
     return {line for line in lines if line.partition(" ")[0] in PROGRAMS and " " in line}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def folder():
-    # Not tmp_path: Ray's sockets lie below it, and a socket's path has at most 107 characters.
-    path = Path(tempfile.mkdtemp(prefix="tf-readme-"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+def folder(short_folder):
+    return short_folder
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +207,7 @@ def test_doctor_finds_this_machine_fit(shell):
 
 
 @pytest.mark.slow
-def test_mlflow_shows_its_page(folder, env):
+def test_mlflow_shows_its_page(folder, env, free_port):
     [command] = [command for command in EXECUTED if command.startswith("mlflow ui")]
     port = free_port()
     with server(f"{command} --port {port}", f"http://127.0.0.1:{port}/", folder, env) as page:
@@ -245,7 +233,7 @@ def demo(shell, folder):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_demo_trains_compares_and_answers(demo, shell, folder):
+def test_the_demo_trains_compares_and_answers(demo, shell, folder, free_port):
     for run, name in zip(demo, ("demo-distilled", "demo-sft"), strict=True):
         assert run.startswith(f"{name}-")
         assert json.loads((folder / "runs" / run / "run.json").read_text())["status"] == "finished"
@@ -278,7 +266,7 @@ def test_commands_for_runs(demo, shell, folder):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_served_run_answers_over_http(demo, folder, env):
+def test_a_served_run_answers_over_http(demo, folder, env, free_port):
     run, port = demo[0], free_port()
     with server(f"tenfold serve {run} --port {port}", f"http://127.0.0.1:{port}/v1/models", folder, env) as page:
         assert [model["id"] for model in json.loads(page)["data"]] == [run]

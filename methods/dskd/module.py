@@ -41,7 +41,6 @@ class DistillationModule(TrainedModule):
         student: the trained model.
         config: DSKD's options.
         num_columns: entries of the shared tokenizer.
-        micro_batches: forward passes of all ranks in one optimizer step, until a Trainer says so.
         teacher_head: W_t [V, D] with a cached teacher.
         teacher: the frozen model itself, with a live teacher; kept out of this module's state.
     """
@@ -52,13 +51,11 @@ class DistillationModule(TrainedModule):
         config: DSKDConfig,
         *,
         num_columns: int,
-        micro_batches: int = 1,
         teacher_head: Tensor | None = None,
         teacher: nn.Module | None = None,
     ):
         super().__init__(student)
         self._options = config
-        self.micro_batches = micro_batches
         # in a tuple, so that the teacher's weights are neither trained nor saved with this module
         self._teacher = (teacher,)
         self.register_buffer("teacher_head", teacher_head, persistent=False)

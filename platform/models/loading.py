@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,7 +183,10 @@ def _checked_folder(source: ModelSource) -> Path:
 def _pretrained(folder: Path, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # a log file has no use for a bar
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -60,10 +60,15 @@ def write_manifest(storage: Storage, record: CheckpointRecord) -> None:
     storage.write_text(f"{record.path}/{MANIFEST}", json.dumps(asdict(record), indent=1))
 
 
+def attempt_folders(storage: Storage, job: str) -> list[str]:
+    """Return the names of a job's attempts, oldest first."""
+    return [name for name in storage.list(job) if name.startswith(ATTEMPT)]
+
+
 def list_checkpoints(storage: Storage, job: str) -> list[CheckpointRecord]:
     """Return the complete checkpoints of a job over all attempts, newest first."""
     records = []
-    for attempt in _attempts(storage, job):
+    for attempt in attempt_folders(storage, job):
         for name in storage.list(f"{job}/{attempt}"):
             manifest = f"{job}/{attempt}/{name}/{MANIFEST}"
             if name.startswith(PREFIX) and storage.exists(manifest):
@@ -114,14 +119,10 @@ def prune(storage: Storage, job: str, *, keep_last: int, metric: str) -> None:
     best = best_of(records, metric)
     kept = {record.path for record in records if record.step in steps or record is best}
     complete = {record.path for record in records}
-    attempts = _attempts(storage, job)
+    attempts = attempt_folders(storage, job)
     for attempt in attempts:
         for name in storage.list(f"{job}/{attempt}"):
             path = f"{job}/{attempt}/{name}"
             # of the newest attempt, files may still be arriving
             if name.startswith(PREFIX) and path not in kept and (path in complete or attempt != attempts[-1]):
                 storage.delete(path)
-
-
-def _attempts(storage: Storage, job: str) -> list[str]:
-    return [name for name in storage.list(job) if name.startswith(ATTEMPT)]

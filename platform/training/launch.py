@@ -12,7 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import CheckpointError, ClusterError, TenfoldError
-from tenfold.platform.training.checkpoints import ATTEMPT, CheckpointRecord, best_of, damage, list_checkpoints
+from tenfold.platform.training.checkpoints import (
+    ATTEMPT,
+    CheckpointRecord,
+    attempt_folders,
+    best_of,
+    damage,
+    list_checkpoints,
+)
 from tenfold.platform.training.deepspeed_config import deepspeed_config
 from tenfold.platform.training.options import TrainingOptions
 from tenfold.platform.training.worker import WorkerContext, worker_loop
@@ -92,7 +99,7 @@ def _fit_once(context: RunContext, job: TrainingJob, folder: str) -> None:
     from ray.train.torch import TorchTrainer
 
     storage, compute = context.storage, context.compute
-    earlier = [name for name in storage.list(folder) if name.startswith(ATTEMPT)]
+    earlier = attempt_folders(storage, folder)
     last = int(earlier[-1].removeprefix(ATTEMPT)) if earlier else 0
     attempt = f"{ATTEMPT}{last + 1:03d}"
     callbacks = [context.trial.callback()] if context.trial is not None else []

@@ -165,11 +165,9 @@ def settle_process(payload: dict[str, Any]) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(max(1, int(payload["cpus_per_worker"])))
     import deepspeed.ops
-    import transformers
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
     if on_cpu:
         # The shared-memory all-reduce is compiled at first use (a minute, and a C++ compiler); gloo does the same
         # work.

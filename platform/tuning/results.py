@@ -14,7 +14,7 @@ from tenfold.platform.experiment import Sweep
 from tenfold.platform.run import read_state
 from tenfold.platform.storage import Storage
 from tenfold.platform.tuning.space import label, short_names, show
-from tenfold.platform.tuning.trial import TRIAL, TrialReports
+from tenfold.platform.tuning.trial import TRIAL, TrialReports, trial_run_ids
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,11 +103,7 @@ class SweepResult:
 def collect(top: Storage, sweep_id: str, sweep: Sweep) -> SweepResult:
     """Read the trials of a sweep from storage; those that have not begun are not there."""
     found = []
-    for run_id in top.list():
-        # SWEEP-HASH; a repeated sweep's trials are SWEEP-2-HASH
-        start, _, _ = run_id.rpartition("-")
-        if start != sweep_id or not top.exists(f"{run_id}/{TRIAL}"):
-            continue
+    for run_id in trial_run_ids(top, sweep_id):
         about = json.loads(top.read_text(f"{run_id}/{TRIAL}"))
         state = read_state(top, run_id) or {"status": "running"}
         reports = TrialReports(top.uri_of(run_id), sweep.metric).kept()

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,22 @@ import yaml
 from tenfold.platform.errors import ClusterError, ConfigError
 from tenfold.platform.experiment import Experiment, LoadedExperiment, Sweep, check_experiment
 from tenfold.platform.method import PlanSection
-from tenfold.platform.run import ENDED, flatten, free_id, only_one, plan, read_state, run_tags, spool_path
+from tenfold.platform.run import (
+    ENDED,
+    free_id,
+    only_one,
+    plan,
+    read_state,
+    spool_path,
+    start_tracker,
+    status_after,
+)
 from tenfold.platform.run import STATE as RUN_STATE
 from tenfold.platform.storage import Storage
-from tenfold.platform.tracking import Tracker, absolute_uri
+from tenfold.platform.tracking import Status, Tracker, absolute_uri
 from tenfold.platform.tuning.results import SweepResult, collect, figure, table_csv
 from tenfold.platform.tuning.space import check_space, label, show, trial_count, tune_space, with_values
-from tenfold.platform.tuning.trial import run_trial
+from tenfold.platform.tuning.trial import TrialReports, run_trial, trial_run_id
 
 logger = logging.getLogger(__name__)
 
@@ -103,31 +113,23 @@ class _Study:
         experiment = self.loaded.experiment
         storage = Storage(self.top.uri_of(self.sweep_id))
         uri = absolute_uri(experiment.tracking.uri, Path.cwd())
-        tracker = Tracker.start(
-            uri,
-            experiment.tracking.experiment or experiment.method,
-            self.sweep_id,
-            run_id=self.state["mlflow_run_id"] if self.state else None,
-            tags={**run_tags(self.sweep_id, experiment.method, storage), "tenfold.sweep": self.sweep_id},
-            artifact_root=None,
-            spool=spool_path(storage),
-        )
         resolved = self.loaded.resolved() | {"storage": self.top.uri}
         resolved["tracking"] = {**resolved["tracking"], "uri": uri}
-        tracker.log_params(flatten(resolved))
-        text = yaml.safe_dump(resolved, sort_keys=False)
-        tracker.log_text(text, "experiment.yaml")
-        storage.write_text("experiment.yaml", text)
+        # with absolute addresses: trials run in other processes
+        base = check_experiment(resolved, self.sweep_id)
+        tracker = start_tracker(base, uri, self.sweep_id, storage, self.state)
+        tracker.set_tags({"tenfold.sweep": self.sweep_id})
+        storage.write_text("experiment.yaml", yaml.safe_dump(resolved, sort_keys=False))
         state = {"sweep_id": self.sweep_id, "mlflow_run_id": tracker.run_id, "mlflow_uri": uri}
         state["created"] = self.state["created"] if self.state else time.time()
         storage.write_text(STATE, json.dumps(state | {"status": "running"}, indent=1))
         logger.info("%s sweep %s", "going on with" if self.state else "starting", self.sweep_id)
         try:
-            ended = self._fit(resolved, tracker)
+            ended = self._fit(base, tracker)
             result = collect(self.top, self.sweep_id, _sweep_of(experiment))
             self._keep(result, storage, tracker)
         except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            tracker.finish(status_after(error))
             raise
         failed = [trial for trial in result.trials if trial.error]
         if not ended:
@@ -144,7 +146,7 @@ class _Study:
         tracker.finish("FINISHED")
         return result
 
-    def _fit(self, resolved: dict[str, Any], tracker: Tracker) -> bool:
+    def _fit(self, base: LoadedExperiment, tracker: Tracker) -> bool:
         """Run Tune; return whether it came to its end."""
         from ray import tune
 
@@ -154,9 +156,9 @@ class _Study:
         # our own callback names a missing metric; Tune would stop the whole study for it
         os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
         trainable = tune.with_parameters(
-            run_trial, data=resolved, sweep_id=self.sweep_id, parent_run_id=tracker.run_id
+            run_trial, data=base.resolved(), sweep_id=self.sweep_id, parent_run_id=tracker.run_id
         )
-        progress = _progress(check_experiment(resolved, self.sweep_id), self.sweep_id)
+        progress = _progress(base, self.sweep_id)
         tune.Tuner(
             # A trial only waits for its training workers, which reserve what they need. Its own reservation must not
             # be empty, and any share of a CPU would keep workers from filling a machine.
@@ -269,22 +271,36 @@ def _progress(base: LoadedExperiment, sweep_id: str) -> Any:
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             self._done += 1
             logger.error("%s: failed (%d of %d trials)", label(trial.config, sweep), self._done, total)
+            self._close(trial, "FAILED")
 
         def on_experiment_end(self, trials: Any, **info: Any) -> None:
-            self.ended = all(trial.is_finished() for trial in trials)
+            unfinished = [trial for trial in trials if not trial.is_finished()]
+            self.ended = not unfinished
+            for trial in unfinished:
+                self._close(trial, "KILLED")
 
         def _mark_stopped(self, trial: Any) -> bool:
-            run_id = f"{sweep_id}-{with_values(base, trial.config).identity}"
+            """Say whether the scheduler stopped a trial; write that down when it has just done so."""
+            run_id = trial_run_id(sweep_id, with_values(base, trial.config))
             state = read_state(top, run_id)
             if state is None or state["status"] in ENDED:
                 return bool(state) and state["status"] == "stopped"
-            metrics = {key: value for key, value in trial.last_result.items() if "/" in key and key != "config"}
-            numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
-            own = Storage(top.uri_of(run_id))
-            own.write_text(RUN_STATE, json.dumps(state | {"status": "stopped", "metrics": numbers}, indent=1))
-            tracker = Tracker.attach(state["mlflow_uri"], state["mlflow_run_id"], spool_path(own))
-            tracker.set_tags({"tenfold.stopped": f"early, by {sweep.scheduler}"})
-            tracker.finish("KILLED")
+            self._close(trial, "KILLED", {"tenfold.stopped": f"early, by {sweep.scheduler}"})
+            last = TrialReports(top.uri_of(run_id), sweep.metric).kept()[-1:]
+            metrics = {key: value for report in last for key, value in report.items() if "/" in key}
+            stopped = state | {"status": "stopped", "metrics": metrics}
+            top.write_text(f"{run_id}/{RUN_STATE}", json.dumps(stopped, indent=1))
             return True
+
+        def _close(self, trial: Any, status: Status, tags: Mapping[str, str] | None = None) -> None:
+            """End a trial's MLflow run, where it has one that has not ended by itself."""
+            run_id = trial_run_id(sweep_id, with_values(base, trial.config))
+            state = read_state(top, run_id)
+            if state is not None and state["status"] not in ENDED:
+                spool = spool_path(Storage(top.uri_of(run_id)))
+                tracker = Tracker.attach(state["mlflow_uri"], state["mlflow_run_id"], spool)
+                if tags:
+                    tracker.set_tags(tags)
+                tracker.finish(status)
 
     return Progress()

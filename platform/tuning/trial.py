@@ -11,11 +11,24 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.storage import Storage
 
+if TYPE_CHECKING:
+    from tenfold.platform.experiment import LoadedExperiment
+
 REPORTS, TRIAL = "reports", "trial.json"
+
+
+def trial_run_id(sweep_id: str, trial: LoadedExperiment) -> str:
+    """Return the id of a trial's run."""
+    return f"{sweep_id}-{trial.identity}"
+
+
+def trial_run_ids(top: Storage, sweep_id: str) -> list[str]:
+    """Return the ids of a sweep's trials that have begun; those of a repeated sweep are SWEEP-2-HASH."""
+    return [name for name in top.list() if name.rpartition("-")[0] == sweep_id and top.exists(f"{name}/{TRIAL}")]
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ def run_trial(values: dict[str, Any], *, data: dict[str, Any], sweep_id: str, pa
     sweep = base.experiment.sweep
     assert sweep is not None
     loaded = with_values(base, values)
-    run_id = f"{sweep_id}-{loaded.identity}"
+    run_id = trial_run_id(sweep_id, loaded)
     storage = Storage(Storage(loaded.experiment.storage).uri_of(run_id))
     reports = TrialReports(storage.uri, sweep.metric)
     storage.write_text(TRIAL, json.dumps({"values": values}))

@@ -41,7 +41,7 @@ def make(tiny_llama, objective, **more):
     torch.manual_seed(1)
     head = torch.randn(320, 48)
     student = tiny_llama(320)
-    return DistillationModule(student, config(objective, **more), num_columns=320, micro_batches=1, teacher_head=head)
+    return DistillationModule(student, config(objective, **more), num_columns=320, teacher_head=head)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -13,12 +13,6 @@ from tenfold.platform.cluster_capacity import NodeShape, local_capacity, read_au
 from tenfold.platform.errors import ClusterError
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def nodes(*sizes: tuple[float, float]) -> Capacity:
     shapes = tuple(NodeShape(cpus, gpus) for cpus, gpus in sizes)
     return Capacity(sum(s.cpus for s in shapes), sum(s.gpus for s in shapes), 2**30, len(shapes), shapes=shapes)
@@ -119,7 +113,7 @@ def test_asking_for_capacity_without_a_connection_is_an_error():
         cluster.capacity()
 
 
-def test_an_address_where_nothing_listens_is_an_error_that_names_it():
+def test_an_address_where_nothing_listens_is_an_error_that_names_it(free_port):
     address = f"127.0.0.1:{free_port()}"
     begin = time.monotonic()
     with pytest.raises(ClusterError, match=rf"'{address}': nothing listens there.*ray start --head"):
@@ -166,7 +160,7 @@ def test_an_argument_wins_over_the_environment(no_cluster, monkeypatch):
     assert cluster_address("local") is None
 
 
-def test_a_cluster_that_runs_here_is_found_and_a_dead_one_is_not(no_cluster):
+def test_a_cluster_that_runs_here_is_found_and_a_dead_one_is_not(no_cluster, free_port):
     with socket.create_server(("127.0.0.1", 0)) as alive:
         no_cluster.write_text(f"127.0.0.1:{alive.getsockname()[1]}")
         assert cluster_address() == no_cluster.read_text()

@@ -19,12 +19,6 @@ from tenfold.platform.tracking_delivery import batches
 from tenfold.platform.tracking_spool import Spool, Spooled
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Return the URI of an MLflow database that exists (making one takes seconds)."""
@@ -212,7 +206,9 @@ def test_the_next_call_after_the_pause_sends_what_was_kept(tracker, client, stor
     assert history(client, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
 
 
-def test_what_stays_unsent_is_said_at_the_end_with_the_file_and_sent_on_resume(client, store, tmp_path, caplog):
+def test_what_stays_unsent_is_said_at_the_end_with_the_file_and_sent_on_resume(
+    client, store, tmp_path, caplog, free_port
+):
     spool = tmp_path / "spool.jsonl"
     owner = Tracker.start(store, "tests", "unlucky", spool=tmp_path / "owner.jsonl")
     away = Tracker.attach(f"http://127.0.0.1:{free_port()}", owner.run_id, spool)
@@ -230,7 +226,7 @@ def test_what_stays_unsent_is_said_at_the_end_with_the_file_and_sent_on_resume(c
     assert not spool.exists()
 
 
-def test_an_unwritable_spool_moves_to_the_temporary_folder(tmp_path, monkeypatch, caplog):
+def test_an_unwritable_spool_moves_to_the_temporary_folder(tmp_path, monkeypatch, caplog, free_port):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     away = Tracker.attach(f"http://127.0.0.1:{free_port()}", "ab12", Path("/proc/tenfold/spool.jsonl"))
     away.log_metrics({"loss": 1.0}, 1)
@@ -239,7 +235,7 @@ def test_an_unwritable_spool_moves_to_the_temporary_folder(tmp_path, monkeypatch
     assert "/proc/tenfold" in caplog.text
 
 
-def test_a_record_that_can_be_kept_nowhere_is_said_to_be_lost(tmp_path, monkeypatch, caplog):
+def test_a_record_that_can_be_kept_nowhere_is_said_to_be_lost(tmp_path, monkeypatch, caplog, free_port):
     monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
     away = Tracker.attach(f"http://127.0.0.1:{free_port()}", "ab12", Path("/proc/tenfold/spool.jsonl"))
     away.log_metrics({"loss": 1.0}, 1)
@@ -322,7 +318,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_and_comes_back_has_everything_in_order(tmp_path, caplog):
+def test_a_server_that_is_killed_and_comes_back_has_everything_in_order(tmp_path, caplog, free_port):
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
 

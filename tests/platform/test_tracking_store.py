@@ -11,12 +11,6 @@ from tenfold.platform.errors import TrackingError
 from tenfold.platform.tracking import absolute_uri, check_tracking
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def database(tmp_path):
     path = tmp_path / "mlflow.db"
@@ -44,7 +38,7 @@ def test_relative_stores_become_absolute_and_others_stay(given, absolute):
     assert absolute_uri(given, Path("/base")) == absolute
 
 
-def test_a_server_that_is_down_is_an_error_within_ten_seconds_that_names_it():
+def test_a_server_that_is_down_is_an_error_within_ten_seconds_that_names_it(free_port):
     uri = f"http://127.0.0.1:{free_port()}"
     begin = time.monotonic()
     with pytest.raises(TrackingError, match=r"Start the server.*sqlite:///mlflow.db") as caught:
@@ -131,7 +125,7 @@ def test_stores_that_workers_cannot_share_are_refused(uri):
         check_tracking(uri)
 
 
-def test_errors_never_show_a_password():
+def test_errors_never_show_a_password(free_port):
     port = free_port()
     with pytest.raises(TrackingError) as caught:
         check_tracking(f"http://me:secret@127.0.0.1:{port}")
