@@ -154,7 +154,17 @@ def settle_process(payload: dict[str, Any]) -> None:
         stream=sys.stdout,
         force=True,
     )
-    for noisy in ("transformers", "deepspeed", "DeepSpeed", "accelerate", "alembic", "mlflow", "httpx", "ray"):
+    for noisy in (
+        "transformers",
+        "deepspeed",
+        "DeepSpeed",
+        "accelerate",
+        "alembic",
+        "mlflow",
+        "httpx",
+        "ray",
+        "ray.train",
+    ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # said by libraries about each other at every start
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -165,9 +175,11 @@ def settle_process(payload: dict[str, Any]) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(max(1, int(payload["cpus_per_worker"])))
     import deepspeed.ops
+    import transformers
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # one for every checkpoint
     if on_cpu:
         # The shared-memory all-reduce is compiled at first use (a minute, and a C++ compiler); gloo does the same
         # work.
