@@ -154,17 +154,7 @@ def settle_process(payload: dict[str, Any]) -> None:
         stream=sys.stdout,
         force=True,
     )
-    for noisy in (
-        "transformers",
-        "deepspeed",
-        "DeepSpeed",
-        "accelerate",
-        "alembic",
-        "mlflow",
-        "httpx",
-        "ray",
-        "ray.train",
-    ):
+    for noisy in ("transformers", "deepspeed", "DeepSpeed", "accelerate", "alembic", "mlflow", "httpx", "ray"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # said by libraries about each other at every start
     warnings.filterwarnings("ignore", category=FutureWarning)
