@@ -20,6 +20,7 @@ from tenfold.platform.training.checkpoints import (
     damage,
     list_checkpoints,
 )
+from tenfold.platform.training.curves import figure, training_log
 from tenfold.platform.training.deepspeed_config import deepspeed_config
 from tenfold.platform.training.options import TrainingOptions
 from tenfold.platform.training.worker import WorkerContext, worker_loop
@@ -72,7 +73,10 @@ def train_job(context: RunContext, job: TrainingJob) -> TrainingResult:
     else:
         _fit(context, job, folder)
         storage.write_text(done, json.dumps({"job": job.name}))
-    return _result(context, job, folder)
+    result = _result(context, job, folder)
+    watched = job.options.metric_for_best
+    context.log_figure(job.name, figure(training_log(storage, folder), watched, result.best.step))
+    return result
 
 
 def _fit(context: RunContext, job: TrainingJob, folder: str) -> None:
