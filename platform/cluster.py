@@ -24,6 +24,7 @@ __all__ = [
     "check_capacity",
     "cluster_address",
     "connect",
+    "is_own",
     "local_capacity",
     "node_facts",
     "shutdown",
@@ -37,8 +38,12 @@ LOCAL_OBJECT_STORE_BYTES = 4 * 2**30  # only small objects pass through it; Ray'
 SMALLEST_OBJECT_STORE_BYTES = 128 * 2**20
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Said by Ray at every start; nothing follows from it for the user of a local cluster.
-HARMLESS_LINES = ("Token authentication is enabled for this Ray cluster",)
+HARMLESS_LINES = (
+    "Token authentication is enabled for this Ray cluster",
+    "Setting accelerator to CPU",  # DeepSpeed's, where there is no GPU
+)
 HARMLESS_WARNINGS = ("Tip: In future versions of Ray, Ray will no longer override accelerator visible devices",)
+_own = False  # whether `connect` started the cluster
 
 
 def cluster_address(address: str | None = None) -> str | None:
@@ -93,12 +98,19 @@ def connect(*, address: str | None = None, num_cpus: int | None = None, include_
     _protect_token()
 
 
+def is_own() -> bool:
+    """Say whether the cluster was started by this process and ends with it."""
+    return _own
+
+
 def shutdown() -> None:
     """Disconnect; ends a cluster that `connect` started."""
+    global _own
     import ray
 
     if ray.is_initialized():
         ray.shutdown()
+    _own = False
     _set_loopback(False)
 
 
@@ -133,9 +145,12 @@ def _join(target: str, init_address: str | None) -> None:
 
 
 def _start_local(num_cpus: int | None, include_dashboard: bool | None) -> None:
+    global _own
     import ray
 
     _set_loopback(True)
+    # watches for machines that a cloud takes back
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(
             address="local",
@@ -152,6 +167,7 @@ def _start_local(num_cpus: int | None, include_dashboard: bool | None) -> None:
             f"a local Ray cluster did not start: {' '.join(str(error).split())[:300]}. `tenfold doctor` checks this "
             f"machine; Ray's own logs are in /tmp/ray/session_latest/logs"
         ) from error
+    _own = True
 
 
 def _set_loopback(enabled: bool) -> None:
@@ -224,9 +240,10 @@ def _quiet() -> None:
     """Drop the lines that Ray says at every start."""
     for text in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
-    source = logging.getLogger("ray._private.authentication.authentication_token_setup")
-    if _is_news not in source.filters:
-        source.addFilter(_is_news)
+    for name in ("ray._private.authentication.authentication_token_setup", "DeepSpeed"):
+        source = logging.getLogger(name)
+        if _is_news not in source.filters:
+            source.addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

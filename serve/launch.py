@@ -94,7 +94,8 @@ def stop_server() -> None:
         running = serve.status().applications
         if APPLICATION in running:
             serve.delete(APPLICATION)
-        if not running.keys() - {APPLICATION}:
+        # a cluster of our own takes Serve with it: the controller's own shutdown ends in an error message
+        if not running.keys() - {APPLICATION} and not (_connected_here and cluster.is_own()):
             serve.shutdown()
     if _connected_here:
         cluster.shutdown()

@@ -167,13 +167,15 @@ def settle_process(payload: dict[str, Any]) -> None:
     import deepspeed.ops
     import transformers
     from deepspeed.utils import logger as deepspeed_logger
+    from ray.train.v2._internal.execution import context as ray_reports
 
     deepspeed_logger.setLevel(logging.WARNING)
+    ray_reports.logger.setLevel(logging.WARNING)  # named after its file: the level of "ray" does not reach it
     transformers.utils.logging.disable_progress_bar()  # one for every checkpoint
     if on_cpu:
-        # The shared-memory all-reduce is compiled at first use (a minute, and a C++ compiler); gloo does the same
-        # work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed would ask a C++ compiler which of its kernels it can build. Only the shared-memory all-reduce would
+        # be used here: compiled at first use (a minute), for the work that gloo does.
+        deepspeed.ops.__compatible_ops__ = {}
 
 
 def _checkpoint_to_resume(storage: Storage, job: str, rank: int, world_size: int) -> CheckpointRecord | None:
