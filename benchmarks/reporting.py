@@ -92,7 +92,7 @@ class Report:
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="about a minute: fewer cases, the same targets")
+    parser.add_argument("--quick", action="store_true", help="about a minute: fewer cases, the same limits")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, rows and targets to this file")
     return parser
 

@@ -11,6 +11,7 @@ Jobs: the same rows in the same order, 16 a step, in a bare loop on one core, in
 platform runs it (Ray Train, DeepSpeed ZeRO-2) on 1 and on 2 workers of one core each. `start s` is from the call to
 the first step. Two bare loops at once, half of the rows each, exchange nothing: what is missing to twice the speed in
 them is not the platform's. A step has parts that half of the rows do not halve (AdamW, the head's gradient).
+`--quick` runs no jobs: the starts of Ray's workers alone take longer than it may.
 
     python benchmarks/training.py --quick
     python benchmarks/training.py --repetitions 7 --cycles 3 --json training.json
@@ -47,7 +48,8 @@ STEPS = [
     ("tenfold", "dual_space_v2", "live"),
     ("tenfold", "dual_space_v2", "cached"),
 ]
-QUICK_STEPS = [NAIVE, LIVE, CACHED, ("tenfold", "dual_space_v2", "cached")]
+QUICK_STEPS = [NAIVE, LIVE, CACHED]
+QUICK_ROWS = 4 * BATCH
 BARE, ALONE, CEILING = "bare loop, 1 core", "Trainer alone, 1 core", "two bare loops, 1 core each"
 PLATFORM = {1: "Ray + DeepSpeed, 1 worker", 2: "Ray + DeepSpeed, 2 workers"}
 
@@ -210,10 +212,10 @@ def main() -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_ADDRESS"] = "local"  # a cluster that others use would be measured with their work on it
     torch.set_num_threads(options.threads)
-    steps, schedule, num_batches = STEPS, Schedule(windows=6, steps=5), 3
-    repetitions, cycles = options.repetitions, options.cycles
+    steps, num_batches, repetitions, rows = STEPS, 3, options.repetitions, None
+    schedule, cycles = Schedule(windows=6, steps=5), 0 if options.no_jobs or options.quick else options.cycles
     if options.quick:
-        steps, schedule, num_batches, repetitions, cycles = QUICK_STEPS, Schedule(windows=5, steps=3), 1, 3, 1
+        steps, num_batches, repetitions, rows = QUICK_STEPS, 1, 3, QUICK_ROWS
     report = Report(
         "training",
         {
@@ -227,12 +229,11 @@ def main() -> int:
         },
     )
     with tempfile.TemporaryDirectory(prefix="tenfold-benchmark-") as cache:
-        rows = BATCH * schedule.windows * schedule.steps if options.quick else None
         say("the teacher reads the rows ...")
         states, seconds = teacher_pass(States(rows, cache))
         step_rows = measure_steps(steps, states, options.threads, num_batches=num_batches, repetitions=repetitions)
         num_tokens = sum(training_rows(states.config())["length"])
-        job_rows = [] if options.no_jobs else measure_jobs(states, schedule, cycles)
+        job_rows = measure_jobs(states, schedule, cycles) if cycles else []
     num_epochs = states.config().training.num_train_epochs
     paid = pass_row(step_rows, num_tokens, seconds, options.threads, num_epochs)
     report.rows = [*step_rows, paid, *job_rows]

@@ -87,8 +87,8 @@ class States:
 
 
 def demo_config(objective: str, *more: str) -> DSKDConfig:
-    """Return the demo's options with another objective; the teacher computes in float32, as all the rest does."""
-    overrides = [f"config.objective={objective}", "config.teacher_dtype=float32", *more]
+    """Return the demo's options with another objective, all of them in float32."""
+    overrides = [f"config.objective={objective}", "config.teacher_dtype=float32", "config.training.bf16=false", *more]
     config = load_experiment("dskd/demo", overrides).config
     assert isinstance(config, DSKDConfig)
     return config
