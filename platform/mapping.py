@@ -64,7 +64,7 @@ def map_items(
         num_gpus=gpus,
         max_retries=LOST_WORKER_RETRIES,
         # a trial of a sweep reserves next to nothing for itself: its pieces must not be confined to that
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
     )(function)
     waiting = [(key, item) for key, item in zip(names, items, strict=True) if key not in results]
     running: dict[Any, str] = {}

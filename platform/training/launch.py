@@ -136,7 +136,7 @@ def _fit_once(context: RunContext, job: TrainingJob, folder: str) -> None:
             storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=callbacks,
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train V2's
         ),
     )
     with _interruptible():

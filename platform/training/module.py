@@ -32,6 +32,7 @@ class TrainedModule(nn.Module):
     # ... counting labels after the causal shift.
     loss_type = "ForCausalLM"
     micro_batches = 1
+    exported: Any
 
     def __init__(self, exported: nn.Module):
         super().__init__()

@@ -130,7 +130,7 @@ class ReportCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Upload this rank's files; when all ranks' have arrived, rank 0 writes the manifest and prunes."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         digests: list[Any] = [None] * args.world_size
         mine = file_digests(folder)
         if args.world_size > 1:

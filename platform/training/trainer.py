@@ -26,6 +26,10 @@ class Trainer(transformers.Trainer):
         projector_learning_rate: learning rate of the parameters outside the exported model; None: the common one.
     """
 
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self, *args: Any, cosine_floor: bool = False, projector_learning_rate: float | None = None, **kwargs: Any
     ):
@@ -105,7 +109,7 @@ class Trainer(transformers.Trainer):
         """Save the exported model alone, in Hugging Face form; DeepSpeed's files beside it hold the rest."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         prefix = "exported."
         weights = state_dict if state_dict is not None else self.model.state_dict()

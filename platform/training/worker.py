@@ -101,7 +101,7 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tenfold-train-") as scratch:
         resume = _checkpoint_to_resume(storage, payload["job"], rank, world_size)
         folder = storage.download(resume.path, Path(scratch) / "resume") if resume else None
-        if folder is not None and is_complete(folder):
+        if resume is not None and folder is not None and is_complete(folder):
             return {"step": resume.step}
         trainer = make_trainer(payload, rank, world_size, Path(scratch))
         trainer.add_callback(

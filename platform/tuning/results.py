@@ -176,7 +176,7 @@ def _colours(result: SweepResult, key: str) -> dict[str, Any]:
 
     texts = list(dict.fromkeys(show(trial.values[key]) for trial in result.trials))
     if len(texts) <= 10:
-        return dict(zip(texts, colormaps["tab10"].colors, strict=False))
+        return {text: colormaps["tab10"](i) for i, text in enumerate(texts)}
     return {text: colormaps["viridis"](i / (len(texts) - 1)) for i, text in enumerate(texts)}
 
 
