@@ -159,6 +159,8 @@ def figure(result: SweepResult) -> Figure:
             axes[0].plot(steps[-1], values[-1], "x", color="black", markersize=8)
     for text, colour in colours.items():
         axes[0].plot([], [], color=colour, label=f"{names[keys[0]]} = {text}")
+    if any(trial.status == "stopped" for trial in result.trials):
+        axes[0].plot([], [], "x", color="black", label="stopped early")
     axes[0].set(xlabel="step", ylabel=result.sweep.metric, title="by step")
     axes[0].legend(fontsize=8)
     for axis, key in zip(axes[1:], keys, strict=True):
