@@ -232,34 +232,39 @@ class Storage:
 
 
 def _open(text: str) -> tuple[FileSystem, str]:
+    from pyarrow.fs import LocalFileSystem
+
+    try:
+        if "://" not in text and not text.startswith("file:"):
+            return LocalFileSystem(), str(Path(text).expanduser().resolve())
+        return run_with_deadline(lambda: _open_uri(text), ANSWER_SECONDS, "opening it")
+    except Exception as error:  # fsspec's file systems raise what they like
+        cause = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ConfigError(
+            f"storage = {text!r}: {cause}. Give a folder, or a URI that pyarrow or an installed fsspec package "
+            f"opens, such as s3://bucket/runs, gs://bucket/runs or file:///data/runs"
+        ) from error
+
+
+def _open_uri(text: str) -> tuple[FileSystem, str]:
+    """Open a URI with pyarrow, or with fsspec what pyarrow has no scheme for (abfs of adlfs, memory, ...)."""
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
     from pyarrow import ArrowInvalid, ArrowNotImplementedError
-    from pyarrow.fs import FileSystem, LocalFileSystem
+    from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-    if "://" not in text and not text.startswith("file:"):
-        return LocalFileSystem(), str(Path(text).expanduser().resolve())
     try:
-        filesystem, root = run_with_deadline(lambda: FileSystem.from_uri(text), ANSWER_SECONDS, "opening it")
+        filesystem, root = FileSystem.from_uri(text)
     except (ArrowInvalid, ArrowNotImplementedError, OSError) as error:
-        opened = _open_with_fsspec(text)
-        if opened is None:
-            raise ConfigError(
-                f"storage = {text!r}: {error}. Give a folder, or a URI that pyarrow or an installed fsspec package "
-                f"opens, such as s3://bucket/runs, gs://bucket/runs or file:///data/runs"
-            ) from error
-        return opened
+        try:
+            other, root = fsspec.core.url_to_fs(text)
+        except (ImportError, ValueError):  # no such scheme there either
+            raise error from None
+        # What pyarrow refuses here (file:x, file://host/x) would become a folder below the current one.
+        if isinstance(other, LocalFileSystem):
+            raise
+        filesystem = PyFileSystem(FSSpecHandler(other))
     return filesystem, root.rstrip("/") or "/"
-
-
-def _open_with_fsspec(text: str) -> tuple[FileSystem, str] | None:
-    """Open what pyarrow has no scheme for (abfs of adlfs, memory, ...); None when fsspec cannot either."""
-    try:
-        import fsspec
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-        filesystem, root = fsspec.core.url_to_fs(text)
-    except (ImportError, ValueError):
-        return None
-    return PyFileSystem(FSSpecHandler(filesystem)), root.rstrip("/") or "/"
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -183,9 +183,20 @@ def test_a_read_only_uri_is_an_error(tmp_path):
         Storage("file:///proc/tenfold").check_writable()
 
 
-@pytest.mark.parametrize("uri", ["nonsense://x/y", "", "  "])
+@pytest.mark.parametrize("uri", ["nonsense://x/y", "", "  ", "reference://x", "~nobody_such/x", "a\0b"])
 def test_what_is_no_storage_is_an_error_with_examples(uri):
     with pytest.raises(ConfigError, match="s3://bucket/runs"):
+        Storage(uri)
+
+
+def test_a_server_that_does_not_answer_is_an_error_with_the_cause():
+    with pytest.raises(ConfigError, match=r"storage = 'ftp://127.0.0.1:1/y': \[Errno \d+\] Connection refused\. Give"):
+        Storage("ftp://127.0.0.1:1/y")
+
+
+@pytest.mark.parametrize("uri", ["file:runs", "file://host/runs", "x://runs"])
+def test_a_uri_never_becomes_a_folder_below_the_current_one(uri):
+    with pytest.raises(ConfigError, match=f"storage = '{uri}': .*file:///data/runs"):
         Storage(uri)
 
 
