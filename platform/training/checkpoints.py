@@ -12,6 +12,7 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tenfold.platform.errors import ConfigError
 from tenfold.platform.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -105,15 +106,29 @@ def newest_good(storage: Storage, job: str) -> CheckpointRecord | None:
 
 
 def best_of(records: list[CheckpointRecord], metric: str) -> CheckpointRecord | None:
-    """Return the checkpoint with the smallest `metric`; the newest where none has it; None for no records."""
+    """Return the checkpoint with the smallest `metric`; the newest where none was evaluated; None for no records.
+
+    Raises:
+        ConfigError: evaluations reported other metrics, and never this one.
+    """
     judged = [record for record in records if metric in record.metrics]
     if judged:
         return min(judged, key=lambda record: (record.metrics[metric], -record.step))
+    reported = sorted({name for record in records for name in record.metrics if name.startswith("eval/")})
+    if reported:
+        raise ConfigError(
+            f"config.training.metric_for_best = {metric!r}: no checkpoint has a finite value of it. "
+            f"Evaluation reports {', '.join(reported)}"
+        )
     return records[0] if records else None
 
 
 def prune(storage: Storage, job: str, *, keep_last: int, metric: str) -> None:
-    """Delete all but the `keep_last` newest steps and the best one, and what earlier attempts left incomplete."""
+    """Delete all but the `keep_last` newest steps and the best one, and what earlier attempts left incomplete.
+
+    Raises:
+        ConfigError: `metric` is not what evaluation reports.
+    """
     records = list_checkpoints(storage, job)
     steps = sorted({record.step for record in records}, reverse=True)[:keep_last]
     best = best_of(records, metric)

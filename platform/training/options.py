@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from tenfold.platform.experiment import StrictModel
+
+Count = Annotated[int, Field(lt=2**31)]  # larger ones overflow in torch
 
 
 class TrainingOptions(StrictModel):
@@ -14,11 +16,11 @@ class TrainingOptions(StrictModel):
     The seed comes from the experiment, the devices and DeepSpeed from its `compute` section.
     """
 
-    num_train_epochs: float = Field(3.0, gt=0, description="passes over the training rows")
-    max_steps: int = Field(-1, ge=-1, description="optimizer steps; overrides the epochs when > 0")
-    per_device_train_batch_size: int = Field(8, ge=1, description="rows a worker takes in one forward pass")
-    per_device_eval_batch_size: int = Field(16, ge=1, description="rows a worker evaluates at once")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes a worker adds up in one step")
+    num_train_epochs: float = Field(3.0, gt=0, le=1e6, description="passes over the training rows")
+    max_steps: Count = Field(-1, ge=-1, description="optimizer steps; overrides the epochs when > 0")
+    per_device_train_batch_size: Count = Field(8, ge=1, description="rows a worker takes in one forward pass")
+    per_device_eval_batch_size: Count = Field(16, ge=1, description="rows a worker evaluates at once")
+    gradient_accumulation_steps: Count = Field(1, ge=1, description="forward passes a worker adds up in one step")
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "cosine_to_floor"] = Field(
         "linear", description="schedule; cosine_to_floor anneals every parameter group to 1e-7 without warm-up"
@@ -36,17 +38,19 @@ class TrainingOptions(StrictModel):
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
         "random", description="order of rows; group_by_length puts rows of like length together"
     )
-    dataloader_num_workers: int = Field(0, ge=0, description="loader processes a worker")
-    logging_steps: int = Field(10, ge=1, description="steps between two reports of training metrics")
+    dataloader_num_workers: Count = Field(0, ge=0, description="loader processes a worker")
+    logging_steps: Count = Field(10, ge=1, description="steps between two reports of training metrics")
     eval_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="when to evaluate; always at the end")
-    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations, with eval_strategy steps")
+    eval_steps: Count | None = Field(None, ge=1, description="steps between evaluations, with eval_strategy steps")
     save_strategy: Literal["no", "steps", "epoch"] = Field(
         "epoch", description="when to keep a checkpoint; always at the end"
     )
-    save_steps: int = Field(500, ge=1, description="steps between checkpoints, with save_strategy steps")
-    save_total_limit: int = Field(2, ge=1, description="newest checkpoints that are kept, besides the best one")
+    save_steps: Count = Field(500, ge=1, description="steps between checkpoints, with save_strategy steps")
+    save_total_limit: Count = Field(2, ge=1, description="newest checkpoints that are kept, besides the best one")
     metric_for_best: str = Field(
-        "eval/nll", description="the metric by which a checkpoint is the best; smaller is better"
+        "eval/nll",
+        pattern="^eval/.",
+        description="the metric of evaluation, eval/NAME, by which a checkpoint is the best; smaller is better",
     )
 
     @model_validator(mode="after")

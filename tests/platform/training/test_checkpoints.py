@@ -1,6 +1,7 @@
 """Checkpoints in storage: which count, which are kept, which one a run goes on from."""
 
 import pytest
+from tenfold.platform.errors import ConfigError
 from tenfold.platform.storage import Storage
 from tenfold.platform.training.checkpoints import (
     MANIFEST,
@@ -89,14 +90,29 @@ def test_newest_good_passes_over_damage(storage, caplog):
     assert "Falling back" in caplog.text
 
 
-def test_best_is_the_smallest_metric_and_the_later_of_equals():
-    def record(step, **metrics):
-        return CheckpointRecord("", step, 1, metrics, {})
+def record(step, **metrics):
+    return CheckpointRecord("", step, 1, {f"eval/{name}": value for name, value in metrics.items()}, {})
 
+
+def test_best_is_the_smallest_metric_and_the_later_of_equals():
     records = [record(8, nll=2.0), record(6, nll=1.0), record(4, nll=1.0), record(2)]
-    assert best_of(records, "nll").step == 6
-    assert best_of(records, "other").step == 8
-    assert best_of([], "nll") is None
+    assert best_of(records, "eval/nll").step == 6
+
+
+def test_without_an_evaluation_the_newest_is_the_best():
+    records = [CheckpointRecord("", step, 1, {"train/loss": 1.0 / step}, {}) for step in (4, 2)]
+    assert best_of(records, "eval/nll").step == 4
+    assert best_of([], "eval/nll") is None
+
+
+def test_a_metric_that_no_evaluation_reports_is_an_error_with_those_it_does(storage):
+    records = [record(4, nll=1.0, perplexity=2.7), record(2)]
+    with pytest.raises(ConfigError, match=r"'eval/bleu': no checkpoint .* reports eval/nll, eval/perplexity"):
+        best_of(records, "eval/bleu")
+    kept = save(storage, 2, nll=1.0)
+    with pytest.raises(ConfigError, match="eval/bleu"):
+        prune(storage, JOB, keep_last=1, metric="eval/bleu")
+    assert newest_good(storage, JOB) == kept
 
 
 def test_prune_keeps_the_newest_steps_and_the_best_one(storage):

@@ -1,5 +1,7 @@
 """Training options: the number of steps, impossible combinations, what reaches TrainingArguments."""
 
+import math
+
 import pytest
 from pydantic import ValidationError
 from tenfold.platform.errors import ConfigError
@@ -38,6 +40,11 @@ def test_max_steps_override_the_epochs():
         ({"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "epoch"}, "must be equal"),
         ({"eval_strategy": "epoch", "save_strategy": "steps"}, "must be equal"),
         ({"learning_rat": 1}, "Extra inputs"),
+        ({"learning_rate": math.inf}, "finite number"),
+        ({"weight_decay": math.nan}, "finite number"),
+        ({"max_steps": 10**30}, "less than 2147483648"),
+        ({"eval_steps": 2**31}, "less than 2147483648"),
+        ({"metric_for_best": "eval/"}, "match pattern"),
     ],
 )
 def test_impossible_options_are_refused(values, message):
