@@ -54,8 +54,11 @@ def _all_rows(source: DataSource) -> Rows:
     path = _locate(source.path)
     if source.format == "ray":
         return _ray_rows(path, source.path)
-    reader = {"json": _json_rows, "jsonl": _jsonl_rows, "parquet": _parquet_rows}
-    return reader[_kind(source)](path, source.path)
+    return _plain_rows(_kind(source), path, source.path)
+
+
+def _plain_rows(kind: str, path: str, shown: str) -> Rows:
+    return {"json": _json_rows, "jsonl": _jsonl_rows, "parquet": _parquet_rows}[kind](path, shown)
 
 
 def _kind(source: DataSource) -> str:
@@ -180,6 +183,10 @@ def _ray_rows(path: str, shown: str) -> Rows:
     import ray.data
     from tenfold.platform import cluster
 
+    if "://" not in path and not ray.is_initialized() and cluster.cluster_address() is None:
+        # A plan starts nothing, not even a local cluster.
+        yield from _local_rows(path, shown)
+        return
     # Otherwise Ray Data starts a cluster by its own rules.
     cluster.connect()
 
@@ -201,12 +208,27 @@ def _ray_rows(path: str, shown: str) -> Rows:
         context.execution_options.preserve_order = keep
 
 
+def _ray_kind(path: str) -> str:
+    return ENDINGS.get(Path(path).suffix, "parquet")  # a folder's name has no ending
+
+
+def _local_rows(path: str, shown: str) -> Rows:
+    """Yield what Ray Data would: the rows of one file, or of a folder's files in the order of their names."""
+    kind, place = _ray_kind(path), Path(path).expanduser()
+    inside = sorted(file for file in place.rglob("*") if ENDINGS.get(file.suffix) == kind)
+    rows = (row for file in inside or [place] for row, _ in _plain_rows(kind, str(file), shown))
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, BadRow):
+            raise DataError(f"{shown}, row {number}: {row.reason}. Ray Data reads whole files only; mend it")
+        yield row, f"{shown}, row {number}"
+
+
 def _ray_data(path: str) -> Any:
     import ray.data
 
     # Workers have another current directory.
     place = path if "://" in path else str(Path(path).expanduser().absolute())
-    kind = ENDINGS.get(Path(path).suffix, "parquet")
+    kind = _ray_kind(path)
     if kind == "parquet":
         return ray.data.read_parquet(place)
     return ray.data.read_json(place, lines=kind == "jsonl")

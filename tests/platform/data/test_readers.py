@@ -3,6 +3,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tenfold.platform import cluster
 from tenfold.platform.data.config import DataSource
 from tenfold.platform.data.readers import BadRow, read_rows
 from tenfold.platform.errors import DataError
@@ -164,6 +165,23 @@ def test_a_data_set_or_split_that_cannot_be_loaded_is_named(tmp_path, hub_cache)
     write_jsonl(tmp_path / "train.jsonl")
     with pytest.raises(DataError, match="split other: the data set cannot be loaded"):
         read(tmp_path, format="hub", split="other")
+
+
+def test_without_a_cluster_ray_sources_are_read_without_starting_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("a cluster was started"))
+    rows = [{"instruction": f"Say {n}.", "output": [str(n), "x"]} for n in range(6)]
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for part in (2, 0, 1):
+        table = pyarrow.Table.from_pylist(rows[part * 2 : part * 2 + 2])
+        pyarrow.parquet.write_table(table, folder / f"{part}.parquet")
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    for path in (folder, tmp_path / "data.jsonl"):
+        assert read(path, format="ray") == [(row, f"{path}, row {n}") for n, row in enumerate(rows, start=1)]
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl, row 2: not JSON"):
+        read(tmp_path / "bad.jsonl", format="ray")
 
 
 @pytest.fixture(scope="module")
