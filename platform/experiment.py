@@ -20,15 +20,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.method import Method, load_method, method_names, packaged_experiments
-from tenfold.platform.validation import nearest, validate_all
+from tenfold.platform.validation import did_you_mean, validate_all
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
 class StrictModel(BaseModel):
-    """Base of all configuration: unknown keys are errors, values are never changed after loading."""
+    """Base of all configuration: unknown keys and infinite numbers are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Compute(StrictModel):
@@ -193,6 +193,18 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}, {error}") from error
 
 
+def parse_experiment(text: str, source: str) -> dict[str, Any]:
+    """Read an experiment file's content, as yet unchecked.
+
+    Raises:
+        ConfigError: it is not YAML, repeats a key, or holds no sections.
+    """
+    data = parse_yaml(text, source)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: needs `key: value` lines at the top; found {type(data).__name__}")
+    return data
+
+
 def read_source(reference: str) -> tuple[str, str]:
     """Return (text, where it came from) for `method/name` or a path to a YAML file.
 
@@ -209,9 +221,8 @@ def read_source(reference: str) -> tuple[str, str]:
             raise ConfigError(f"{reference}: cannot be read as text: {error}. Give a YAML file in UTF-8") from error
     known = packaged_experiments()
     if reference not in known:
-        hint = nearest(reference, known)
         raise ConfigError(
-            f"{reference}: no such experiment{f'; did you mean {hint}?' if hint else '.'} "
+            f"{reference}: no such experiment{did_you_mean(reference, known)} "
             f"Known: {_experiment_list()}. A path to a file must end in .yaml"
         )
     return known[reference].read_text(encoding="utf-8"), reference
@@ -279,9 +290,7 @@ def load_experiment(reference: str, overrides: Sequence[str] = ()) -> LoadedExpe
 def _read_with_bases(reference: str, above: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """Return a file's content laid over that of its `base`, and where it came from."""
     text, source = read_source(reference)
-    data = parse_yaml(text, source)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{source}: needs `key: value` lines at the top; found {type(data).__name__}")
+    data = parse_experiment(text, source)
     base = data.pop("base", None)
     if base is None:
         return data, source
@@ -316,11 +325,8 @@ def check_experiment(data: dict[str, Any], source: str, overrides: tuple[str, ..
         if name in method_names():
             method = load_method(name)
         else:
-            hint = nearest(name, method_names())
-            errors.append(
-                f"method = {name!r}: unknown method{f'; did you mean {hint}?' if hint else ';'} "
-                f"known: {', '.join(method_names())}"
-            )
+            known = method_names()
+            errors.append(f"method = {name!r}: unknown method{did_you_mean(name, known)} Known: {', '.join(known)}")
     config = None
     if method is not None:
         raw = data.get("config") or {}

@@ -6,10 +6,11 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tenfold.platform.context import PlanContext, RunContext
 from tenfold.platform.errors import ConfigError
-from tenfold.platform.experiment import LoadedExperiment, check_experiment
+from tenfold.platform.experiment import Experiment, LoadedExperiment, check_experiment, parse_experiment
 from tenfold.platform.method import Outcome, PlanSection
 from tenfold.platform.storage import Storage
 from tenfold.platform.tracking import Status, Tracker, absolute_uri, check_tracking
+from tenfold.platform.tracking_store import file_store_path, sqlite_path
 from tenfold.platform.training.deepspeed_config import deepspeed_config
-from tenfold.platform.validation import nearest
+from tenfold.platform.validation import did_you_mean
 
 if TYPE_CHECKING:
     from tenfold.platform.tuning.trial import TrialReports
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 STATE = "run.json"
 ENDED = ("finished", "stopped")  # stopped: by the scheduler of its sweep
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
+STATE_KEYS = {"status": str, "created": int | float}
+RUN_KEYS = {**STATE_KEYS, "mlflow_run_id": str, "mlflow_uri": str}
 STACK = ("tenfold", "torch", "ray", "deepspeed", "transformers", "datasets", "mlflow", "numpy")
 
 
@@ -52,13 +57,14 @@ def plan(loaded: LoadedExperiment) -> list[PlanSection]:
         TenfoldError: the first thing that does not fit.
     """
     experiment = loaded.experiment
+    _check_job_addresses(experiment)
     storage = Storage(experiment.storage)
     storage.check_writable()
     uri = absolute_uri(experiment.tracking.uri, Path.cwd())
     check_tracking(uri)
     deepspeed_config(experiment.compute.deepspeed)
     compute = experiment.compute
-    state = read_state(storage, loaded.run_id)
+    state = read_state(storage, loaded.run_id, keys=RUN_KEYS)
     status = {None: "new", "running": "unfinished: it resumes", "finished": "finished: needs --new"}
     general = PlanSection(
         "run",
@@ -77,6 +83,20 @@ def plan(loaded: LoadedExperiment) -> list[PlanSection]:
     )
     context = PlanContext(experiment.seed, compute, Storage(_cache_uri(storage)))
     return [general, *loaded.method.plan(loaded.config, context)]
+
+
+def _check_job_addresses(experiment: Experiment) -> None:
+    """Refuse relative addresses in a submitted job: its current folder is a copy that Ray deletes."""
+    if SUBMITTED not in os.environ:
+        return
+    storage, uri = experiment.storage.strip(), experiment.tracking.uri
+    database = sqlite_path(uri) or file_store_path(uri)
+    for key, given, path in (("storage", storage, storage), ("tracking.uri", uri, str(database or "/"))):
+        if "://" not in path and not path.startswith(("/", "~", "file:")):
+            raise ConfigError(
+                f"{key} = {given!r}: relative, and Ray deletes the folder that a job of `ray job submit` runs in. "
+                "Give an absolute path that all nodes see, or a URI"
+            )
 
 
 def run(
@@ -105,7 +125,7 @@ def run(
     top.check_writable()
     run_id = run_id or (free_id(top, loaded.run_id, STATE) if new else loaded.run_id)
     with only_one(top, run_id, wait=trial is not None):
-        state = read_state(top, run_id)
+        state = read_state(top, run_id, keys=RUN_KEYS)
         if state and state["status"] in ENDED:
             if trial is not None:
                 kept = Outcome(state["metrics"], state.get("artifacts", {}), state.get("model"))
@@ -196,18 +216,23 @@ def find_run(reference: str, storage: str = "runs") -> FinishedRun:
             name for name in known if name.startswith(reference)
         ]
         if len(fitting) != 1:
-            hint = nearest(reference, known)
-            found = f"several runs start so: {', '.join(fitting)}" if fitting else "no such run"
+            several = f"several runs start so: {', '.join(fitting)}."
             raise ConfigError(
-                f"{reference}: {found}{f'; did you mean {hint}?' if hint and not fitting else ''} "
+                f"{reference}: {several if fitting else f'no such run{did_you_mean(reference, known)}'} "
                 f"Runs in {top.uri}: {', '.join(known) or 'none'}. Use --storage for another place"
             )
         run_id = fitting[0]
     own = Storage(top.uri_of(run_id))
-    data = yaml.safe_load(own.read_text("experiment.yaml"))
-    return FinishedRun(
-        run_id, own, json.loads(own.read_text(STATE)), check_experiment(data, f"{run_id}/experiment.yaml")
-    )
+    state = _checked_state(top, f"{run_id}/{STATE}", RUN_KEYS)
+    source = own.uri_of("experiment.yaml")
+    try:
+        loaded = check_experiment(parse_experiment(own.read_text("experiment.yaml"), source), source)
+    except (OSError, ValueError, ConfigError) as error:
+        raise ConfigError(
+            f"run {run_id}: its experiment cannot be used: {error}\nPut back {source}: MLflow has a copy, the "
+            f"artifact experiment.yaml of run {state['mlflow_run_id']} in {state['mlflow_uri']}"
+        ) from error
+    return FinishedRun(run_id, own, state, loaded)
 
 
 def newest_runs(start: str, count: int, storage: str = "runs") -> list[str]:
@@ -216,7 +241,7 @@ def newest_runs(start: str, count: int, storage: str = "runs") -> list[str]:
     known = [name for name in top.list() if name.startswith(start) and top.exists(f"{name}/{STATE}")]
     if len(known) < count:
         raise ConfigError(f"{start}: {len(known)} runs in {top.uri} start so, {count} were asked for")
-    return sorted(known, key=lambda name: json.loads(top.read_text(f"{name}/{STATE}"))["created"])[-count:]
+    return sorted(known, key=lambda name: _checked_state(top, f"{name}/{STATE}", RUN_KEYS)["created"])[-count:]
 
 
 def evaluate(found: FinishedRun) -> dict[str, float]:
@@ -312,10 +337,30 @@ def _cache_uri(top: Storage) -> str:
     return top.uri_of("cache")
 
 
-def read_state(top: Storage, run_id: str, name: str = STATE) -> dict[str, Any] | None:
-    """Return what a run (or, by another file name, a sweep) has written about itself; None where there is none."""
+def read_state(
+    top: Storage, run_id: str, name: str = STATE, keys: Mapping[str, Any] = STATE_KEYS
+) -> dict[str, Any] | None:
+    """Return what a run (or, by another file name, a sweep) has written about itself; None where there is none.
+
+    Raises:
+        ConfigError: the file cannot be read, or lacks one of `keys`.
+    """
     path = f"{run_id}/{name}"
-    return json.loads(top.read_text(path)) if top.exists(path) else None
+    return _checked_state(top, path, keys) if top.exists(path) else None
+
+
+def _checked_state(top: Storage, path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    problem = f"needs an object with {', '.join(keys)}"
+    try:
+        state = json.loads(top.read_text(path))
+        if isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in keys.items()):
+            return state
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise ConfigError(
+        f"{top.uri_of(path)} cannot be used: {problem}. Put back a copy; or delete it and start the same experiment "
+        f"again, which goes on from the checkpoints beside it, in a new MLflow run"
+    )
 
 
 def free_id(top: Storage, run_id: str, name: str) -> str:

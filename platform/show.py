@@ -14,7 +14,7 @@ from tenfold.platform.run import FinishedRun, RunResult
 from tenfold.platform.tuning.results import SweepResult
 from tenfold.platform.tuning.space import short_names
 from tenfold.platform.tuning.space import show as show_value
-from tenfold.platform.validation import nearest, option_rows
+from tenfold.platform.validation import did_you_mean, option_rows
 
 console = Console(highlight=False, soft_wrap=False)
 
@@ -22,10 +22,8 @@ console = Console(highlight=False, soft_wrap=False)
 def methods(name: str | None, as_json: bool) -> None:
     """List all methods, or explain one: papers, experiments, options, README."""
     if name is not None and name not in method_names():
-        hint = nearest(name, method_names())
-        raise ConfigError(
-            f"{name}: unknown method{f'; did you mean {hint}?' if hint else ''} known: {', '.join(method_names())}"
-        )
+        known = method_names()
+        raise ConfigError(f"{name}: unknown method{did_you_mean(name, known)} Known: {', '.join(known)}")
     chosen = [name] if name else method_names()
     facts = []
     for each in chosen:

@@ -20,6 +20,12 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return how a sentence about an unknown `word` ends: asking for a candidate that is near, or with a stop."""
+    near = nearest(word, candidates)
+    return f"; did you mean {near}?" if near else "."
+
+
 def validate_all(model: type[Model], data: dict[str, Any], prefix: str = "") -> tuple[Model | None, list[str]]:
     """Check `data` strictly against `model`.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tenfold.platform import cli, cluster
+from tenfold.platform.experiment import load_experiment
 
 REPOSITORY = Path(__file__).parents[1]
 STORIES = "sample:models/stories260K"
@@ -185,6 +186,11 @@ def test_storage_that_cannot_be_written_is_refused(experiment, refused, tmp_path
     assert "storage = '/proc/tenfold-runs': cannot be written" in message
 
 
+@pytest.mark.parametrize("storage", ["ftp://127.0.0.1:1/runs", "~nobody_such/runs"])
+def test_storage_that_cannot_be_opened_is_refused(experiment, refused, storage):
+    assert f"storage = '{storage}': " in refused(experiment | {"storage": storage})
+
+
 def test_an_mlflow_server_that_is_down_is_refused_with_its_address(experiment, refused):
     message = refused(experiment | {"tracking": {"uri": "http://127.0.0.1:1"}})
     assert "tracking.uri = 'http://127.0.0.1:1'" in message
@@ -197,21 +203,73 @@ def test_an_mlflow_server_that_is_down_is_refused_with_its_address(experiment, r
         ("zero4", "compute.deepspeed = 'zero4': give one of zero0, zero1"),
         ("absent.json", "compute.deepspeed = 'absent.json': no such file"),
         (["zero2"], "compute.deepspeed"),
+        ({"zero_optimization": 3}, "compute.deepspeed.zero_optimization = 3: needs a section such as {stage: 2}"),
+        ({"zero_optimization": {"stage": 7}}, "stage = 7: Input should be 0, 1, 2"),
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation: unknown; did you mean zero_optimization?"),
     ],
 )
 def test_a_wrong_deepspeed_setting_is_refused(experiment, refused, content, told):
     experiment["compute"]["deepspeed"] = content
-    assert told in refused(experiment)
+    assert told in refused(experiment, "--plan")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3"])
-def test_a_deepspeed_file_that_holds_no_object_is_refused(experiment, refused, tmp_path, text):
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"3", b"\xff"])
+def test_a_deepspeed_file_that_holds_no_object_is_refused(experiment, refused, tmp_path, content):
     path = tmp_path / "deepspeed.json"
-    path.write_text(text)
+    path.write_bytes(content)
     experiment["compute"]["deepspeed"] = str(path)
     message = refused(experiment)
     assert "compute.deepspeed: " in message
     assert str(path) in message
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("learning_rate=.inf", "learning_rate = inf: Input should be a finite number"),
+        ("warmup_steps=.nan", "warmup_steps = nan: Input should be a finite number"),
+        (
+            "max_steps=1000000000000000000000000000000",
+            "max_steps = 1000000000000000000000000000000: Input should be less",
+        ),
+        ("num_train_epochs=1e300", "num_train_epochs = 1e+300: Input should be less"),
+        ("metric_for_best=nll", "metric_for_best = 'nll': String should match pattern '^eval/.'"),
+    ],
+)
+def test_numbers_and_names_that_no_training_can_use_are_refused(experiment, refused, override, told):
+    assert f"config.training.{told}" in refused(experiment, "--plan", f"config.training.{override}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("storage", "runs"), ("storage", "./runs"), ("tracking.uri", "sqlite:///mlflow.db")]
+)
+def test_a_submitted_job_with_a_relative_address_is_refused(experiment, refused, monkeypatch, key, value):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    message = refused(experiment, f"{key}={value}")
+    assert f"{key} = '{value}': relative, and Ray deletes the folder" in message
+    assert "absolute path" in message
+
+
+def test_a_submitted_job_with_absolute_addresses_passes(experiment, tmp_path, tenfold, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    code, text = tenfold("run", path, "--plan")
+    assert code == 0, text
+
+
+def test_a_plan_with_ray_data_starts_no_cluster(experiment, tmp_path, tenfold):
+    path = tmp_path / "experiment.yaml"
+    rows = write_rows(tmp_path / "rows.jsonl", GOOD_ROWS)
+    path.write_text(yaml.safe_dump(with_data(experiment, rows, format="ray")))
+    code, text = tenfold("run", path, "--plan")
+    assert code == 0, text
+
+
+def test_an_unknown_method_with_nothing_near_lists_the_known_ones(tenfold):
+    code, text = tenfold("methods", "zzz")
+    assert code == 2
+    assert "error: zzz: unknown method. Known: " in text
 
 
 @pytest.mark.parametrize("content", [b"name: [", b"- a\n- b\n", b"", b"name: a\nname: b\n", b"name: \xff\n"])
@@ -233,3 +291,64 @@ def test_commands_for_runs_name_the_runs_there_are(tmp_path, tenfold):
         assert code == 2, text
         assert "error: dmo-1234: no such run; did you mean demo-1234?" in text
         assert text.count("error: ") == 1
+
+
+@pytest.fixture
+def finished(experiment, tmp_path):
+    """The folder of a finished run of the experiment, which is in experiment.yaml."""
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    folder = tmp_path / "runs" / load_experiment(str(path)).run_id
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    state = {"status": "finished", "created": 1.0, "mlflow_run_id": "17ab", "mlflow_uri": "sqlite:////m.db"}
+    (folder / "run.json").write_text(json.dumps(state | {"metrics": {"eval/nll": 1.5}}))
+    return folder
+
+
+def commands_for(run):
+    return ["evaluate", run], ["compare", run], ["compare", "dskd-contract", "--latest", 1], ["export", run, "folder"]
+
+
+BAD_STATES = [
+    b"",
+    b"{",
+    b"[1]",
+    b"\xff",
+    b"{}",
+    b'{"status": "finished"}',
+    b'{"status": ["finished"], "created": 1.0}',
+]
+
+
+@pytest.mark.parametrize("content", BAD_STATES)
+def test_a_damaged_state_is_named_by_every_command_and_left_as_it_is(finished, tenfold, content):
+    path = finished / "run.json"
+    path.write_bytes(content)
+    for command in (*commands_for(finished.name), ["run", "experiment.yaml"], ["run", "experiment.yaml", "--plan"]):
+        code, text = tenfold(*command)
+        assert code == 2, text
+        assert f"error: {path} cannot be used: " in text
+        assert "delete it and start the same experiment again" in text
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [None, b"", b"name: [", b"[1]", b"\xff", b"name: a", b"name: a\nname: b"])
+def test_a_damaged_experiment_of_a_run_is_named_with_where_a_copy_is(finished, tenfold, content):
+    path = finished / "experiment.yaml"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    for command in commands_for(finished.name):
+        code, text = tenfold(*command)
+        assert code == 2, text
+        assert f"error: run {finished.name}: its experiment cannot be used: " in text
+        assert f"Put back {path}: MLflow has a copy, the artifact experiment.yaml of run 17ab" in text
+
+
+def test_a_damaged_run_of_another_name_does_not_matter(finished, tenfold):
+    other = finished.with_name("other-1")
+    other.mkdir()
+    (other / "run.json").write_text("{")
+    code, text = tenfold("compare", "dskd-contract", "--latest", 1)
+    assert code == 0, text
