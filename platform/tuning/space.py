@@ -49,7 +49,8 @@ def check_space(loaded: LoadedExperiment) -> list[LoadedExperiment]:
     ]
     if errors:
         raise ConfigError(f"{loaded.source}: {len(errors)} problem(s)\n" + "\n".join(f"  - {line}" for line in errors))
-    grid, found = [], {}
+    grid: list[LoadedExperiment] = []
+    found: dict[str, dict[str, Any]] = {}
     for values in grid_points(sweep) + _drawn_points(sweep):
         try:
             experiment = with_values(loaded, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from tenfold.platform.storage import Storage
 from tenfold.platform.tracking import Status, Tracker, absolute_uri
 from tenfold.platform.tuning.results import SweepResult, collect, figure, table_csv
 from tenfold.platform.tuning.space import check_space, label, show, trial_count, tune_space, with_values
-from tenfold.platform.tuning.trial import TrialReports, run_trial, trial_run_id
+from tenfold.platform.tuning.trial import TrialReports, keep_error, run_trial, trial_run_id
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,12 @@ STATE = "sweep.json"
 
 
 def sweep_identity(loaded: LoadedExperiment) -> str:
-    """Return the sweep's id: the experiment's name and a hash of its configuration and its sweep section."""
+    """Return the sweep's id: the experiment's name and a hash of its configuration and its sweep section.
+
+    The time budget does not count: with more of it the same sweep goes on.
+    """
     sweep = loaded.experiment.sweep
-    content = [loaded.identity, sweep.model_dump(mode="json") if sweep else None]
+    content = [loaded.identity, sweep.model_dump(mode="json", exclude={"time_budget_s"}) if sweep else None]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return f"{loaded.experiment.name}-{digest}"
 
@@ -78,7 +82,8 @@ def plan_sweep(loaded: LoadedExperiment) -> list[PlanSection]:
 def run_sweep(loaded: LoadedExperiment, *, new: bool = False) -> SweepResult:
     """Run a sweep to its end, or go on with one that was interrupted. Ray must be connected.
 
-    Trials that failed are tried again, finished ones are not. Every trial is a run of its own, found by its id.
+    Trials that failed are tried again, finished ones are not. Every trial is a run of its own, found by its id. When
+    the time budget is spent, the result has what there is, and the same command goes on with the rest.
 
     Args:
         loaded: a checked experiment with a sweep section.
@@ -124,30 +129,42 @@ class _Study:
         state["created"] = self.state["created"] if self.state else time.time()
         storage.write_text(STATE, json.dumps(state | {"status": "running"}, indent=1))
         logger.info("%s sweep %s", "going on with" if self.state else "starting", self.sweep_id)
+        sweep, began = _sweep_of(experiment), time.monotonic()
         try:
             ended = self._fit(base, tracker)
-            result = collect(self.top, self.sweep_id, _sweep_of(experiment))
+            spent = sweep.time_budget_s is not None and time.monotonic() - began >= sweep.time_budget_s
+            result = collect(self.top, self.sweep_id, sweep)
             self._keep(result, storage, tracker)
         except BaseException as error:
             tracker.finish(status_after(error))
             raise
         failed = [trial for trial in result.trials if trial.error]
-        if not ended:
+        total = trial_count(sweep)
+        if ended < total and not spent:
             tracker.finish("KILLED")
             raise KeyboardInterrupt
-        if failed or not result.trials:
+        if failed:
             tracker.finish("FAILED")
-            first = f"the first: {failed[0].label}: {failed[0].error}" if failed else "see the messages above"
             raise ClusterError(
-                f"{len(failed)} of {len(result.trials)} trials failed; {first}\n"
+                f"{len(failed)} of {len(result.trials)} trials failed; the first: {failed[0].label}: "
+                f"{failed[0].error}\n"
                 f"The others' results are in {storage.uri}. The same command tries the failed trials again"
             )
+        if ended < total:
+            logger.warning(
+                "the time budget of %g s is spent: %d of %d trials ended; the same command goes on with the others",
+                sweep.time_budget_s,
+                ended,
+                total,
+            )
+            tracker.finish("KILLED")
+            return result
         storage.write_text(STATE, json.dumps(state | {"status": "finished"}, indent=1))
         tracker.finish("FINISHED")
         return result
 
-    def _fit(self, base: LoadedExperiment, tracker: Tracker) -> bool:
-        """Run Tune; return whether it came to its end."""
+    def _fit(self, base: LoadedExperiment, tracker: Tracker) -> int:
+        """Run Tune; return how many trials ended."""
         from ray import tune
 
         sweep = _sweep_of(self.loaded.experiment)
@@ -181,7 +198,7 @@ class _Study:
                 callbacks=[progress],
             ),
         ).fit()
-        return progress.ended
+        return len(progress.ended)
 
     def _search(self, sweep: Sweep) -> Any:
         from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -193,8 +210,9 @@ class _Study:
         _import_optuna()
         from ray.tune.search.optuna import OptunaSearch
 
+        # What had begun comes first and takes nothing from the generator: with the same seed the rest would repeat it.
         before = [trial.values for trial in collect(self.top, self.sweep_id, sweep).trials]
-        return OptunaSearch(seed=seed, points_to_evaluate=before or None)
+        return OptunaSearch(seed=seed + len(before), points_to_evaluate=before)
 
     def _keep(self, result: SweepResult, storage: Storage, tracker: Tracker) -> None:
         """Write table, picture and the best trial's experiment."""
@@ -234,7 +252,12 @@ def _scheduler(sweep: Sweep) -> Any:
         longest = sweep.grace_period * sweep.reduction_factor**8
         return ASHAScheduler(max_t=longest, grace_period=sweep.grace_period, reduction_factor=sweep.reduction_factor)
     if sweep.scheduler == "median":
-        return MedianStoppingRule(time_attr="training_iteration", grace_period=sweep.grace_period)
+        # It would pause a trial whenever another one waits for its process: a new start for nothing.
+        return MedianStoppingRule(
+            time_attr="training_iteration",
+            grace_period=sweep.grace_period,
+            min_time_slice=math.inf,  # type: ignore[arg-type]
+        )
     return FIFOScheduler()
 
 
@@ -247,8 +270,7 @@ def _progress(base: LoadedExperiment, sweep_id: str) -> Any:
 
     class Progress(tune.Callback):
         def __init__(self) -> None:
-            self.ended = False
-            self._done = 0
+            self.ended: set[str] = set()
 
         def on_trial_result(
             self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
@@ -263,21 +285,21 @@ def _progress(base: LoadedExperiment, sweep_id: str) -> Any:
                 )
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self._done += 1
+            self.ended.add(trial.trial_id)
             stopped = self._mark_stopped(trial)
             word = "stopped early" if stopped else "finished"
-            logger.info("%s: %s (%d of %d trials)", label(trial.config, sweep), word, self._done, total)
+            logger.info("%s: %s (%d of %d trials)", label(trial.config, sweep), word, len(self.ended), total)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self._done += 1
-            logger.error("%s: failed (%d of %d trials)", label(trial.config, sweep), self._done, total)
+            self.ended.add(trial.trial_id)
+            logger.error("%s: failed (%d of %d trials)", label(trial.config, sweep), len(self.ended), total)
+            keep_error(top, trial_run_id(sweep_id, with_values(base, trial.config)), trial.config)
             self._close(trial, "FAILED")
 
         def on_experiment_end(self, trials: Any, **info: Any) -> None:
-            unfinished = [trial for trial in trials if not trial.is_finished()]
-            self.ended = not unfinished
-            for trial in unfinished:
-                self._close(trial, "KILLED")
+            for trial in trials:
+                if trial.trial_id not in self.ended:
+                    self._close(trial, "KILLED")
 
         def _mark_stopped(self, trial: Any) -> bool:
             """Say whether the scheduler stopped a trial; write that down when it has just done so."""

@@ -31,6 +31,14 @@ def trial_run_ids(top: Storage, sweep_id: str) -> list[str]:
     return [name for name in top.list() if name.rpartition("-")[0] == sweep_id and top.exists(f"{name}/{TRIAL}")]
 
 
+def keep_error(top: Storage, run_id: str, values: Mapping[str, Any]) -> None:
+    """Write down that a trial failed, where it could not do so itself."""
+    path = f"{run_id}/{TRIAL}"
+    if not (top.exists(path) and json.loads(top.read_text(path)).get("error")):
+        lost = "its process was lost: out of memory, killed, or its node went down"
+        top.write_text(path, json.dumps({"values": dict(values), "error": lost}))
+
+
 @dataclass(frozen=True)
 class TrialReports:
     """What a trial has reported to Tune.
@@ -104,11 +112,10 @@ def run_trial(values: dict[str, Any], *, data: dict[str, Any], sweep_id: str, pa
     for metrics in reports.kept():
         ray.tune.report(metrics)
     try:
-        result = run(loaded, run_id=run_id, parent_run_id=parent_run_id, trial=reports)
+        measured = run(loaded, run_id=run_id, parent_run_id=parent_run_id, trial=reports).outcome.metrics
+        if sweep.metric not in measured:
+            raise ConfigError(f"sweep.metric = {sweep.metric!r}: the runs measure {', '.join(sorted(measured))}")
     except Exception as error:
         storage.write_text(TRIAL, json.dumps({"values": values, "error": str(error) or type(error).__name__}))
         raise
-    if sweep.metric not in result.outcome.metrics:
-        known = ", ".join(sorted(result.outcome.metrics))
-        raise ConfigError(f"sweep.metric = {sweep.metric!r}: the runs measure {known}")
-    ray.tune.report(dict(result.outcome.metrics))
+    ray.tune.report(dict(measured))
