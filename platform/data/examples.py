@@ -66,10 +66,10 @@ def load_examples(config: DataConfig) -> Splits:
     Raises:
         DataError: bad rows (the first ten are named with file and line), or a split without examples.
     """
-    train, skipped = _read_all(config.train, config, "train")
+    train, skipped = read_examples(config.train, config, "train")
     random.Random(config.split_seed).shuffle(train)
     if config.validation is not None:
-        validation, more = _read_all(config.validation, config, "validation")
+        validation, more = read_examples(config.validation, config, "validation")
         skipped += more
     else:
         held_out = round(len(train) * config.validation_ratio)
@@ -88,7 +88,17 @@ def _digest(*splits: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_all(sources: Sequence[DataSource], config: DataConfig, split: str) -> tuple[list[Example], int]:
+def read_examples(sources: Sequence[DataSource], config: DataConfig, split: str) -> tuple[list[Example], int]:
+    """Return the good rows of some sources in their order, and the number of bad ones that were left out.
+
+    Args:
+        sources: what to read.
+        config: its template and `skip_bad_rows`.
+        split: what messages call these rows.
+
+    Raises:
+        DataError: bad rows, or no good one.
+    """
     examples: list[Example] = []
     bad: list[str] = []
     for source in sources:
