@@ -24,3 +24,6 @@ class EvaluationOptions(StrictModel):
         GenerationOptions(no_repeat_ngram_size=6), description="how responses are drawn (DSKD: 256 tokens, sampling)"
     )
     max_rows: int | None = Field(None, ge=1, description="generate for the first validation rows only; default: all")
+    in_sweeps: bool = Field(
+        False, description="also in every trial of a sweep, which otherwise compares what training itself measures"
+    )

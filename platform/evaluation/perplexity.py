@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tenfold.platform.data.collator import CausalCollator
-from tenfold.platform.data.positions import label_positions, next_labels
+from tenfold.platform.data.positions import IGNORED, label_positions, next_labels
 from tenfold.platform.losses.fused_linear import linear_cross_entropy_rows
 from tenfold.platform.models.heads import head_of
 from tenfold.platform.models.hidden import check_head, evaluating, final_hidden
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
@@ -47,6 +47,14 @@ def token_nll(
             losses = linear_cross_entropy_rows(hidden, head, targets, bias=bias, chunk=chunk)
             total, count = total + losses.sum(dtype=torch.float64).item(), count + len(targets)
     return total, count
+
+
+def label_bytes(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the UTF-8 bytes of the texts that carry labels, EOS and other special tokens left out."""
+    texts = tokenizer.batch_decode(
+        [[label for label in row["labels"] if label != IGNORED] for row in rows], skip_special_tokens=True
+    )
+    return sum(len(text.encode("utf-8")) for text in texts)
 
 
 def perplexity(sum_nll: float, num_tokens: int) -> float:

@@ -18,6 +18,39 @@ if TYPE_CHECKING:
     from tenfold.platform.context import RunContext
 
 
+def responses(
+    context: RunContext,
+    source: ModelSource,
+    prompts: Sequence[Sequence[int]],
+    options: EvaluationOptions,
+    *,
+    digest: str,
+    dtype: str | None = None,
+) -> tuple[list[list[str]], str]:
+    """Sample one response per prompt and seed; what was sampled before is read from the cache.
+
+    Args:
+        context: the run.
+        source: the model.
+        prompts: token ids.
+        options: seeds, generation.
+        digest: identifies the model's weights.
+        dtype: what it computes in; default: the source's.
+
+    Returns:
+        The texts of each seed, and the file of the cache that holds them (JSON).
+    """
+    pieces = max(context.compute.workers, 1)
+    content = [digest, dtype, options.model_dump(mode="json"), pieces, [list(prompt) for prompt in prompts]]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+    cached = f"responses/{key}.json"
+    if context.cache.exists(cached):
+        return json.loads(context.cache.read_text(cached)), cached
+    rounds = _generate(context, source, prompts, options, pieces, key, dtype)
+    context.cache.write_text(cached, json.dumps(rounds))
+    return rounds, cached
+
+
 def response_metrics(
     context: RunContext,
     source: ModelSource,
@@ -28,32 +61,13 @@ def response_metrics(
     digest: str,
     dtype: str | None = None,
 ) -> tuple[dict[str, float], list[str]]:
-    """Sample one response per prompt and seed, and score them.
-
-    Responses are cached by model, prompts and options, for the teacher that several runs compare with.
-
-    Args:
-        context: the run.
-        source: the model.
-        prompts: token ids.
-        references: at least one text per prompt.
-        options: seeds, generation.
-        digest: identifies the model's weights.
-        dtype: what it computes in; default: the source's.
+    """Score sampled responses; arguments as for `responses`, and at least one reference text per prompt.
 
     Returns:
         `rouge_l` (mean over the seeds, 0 to 100), its standard deviation `rouge_l_std` (0 for one seed) and
         `exact_match`; and the first seed's responses.
     """
-    pieces = max(context.compute.workers, 1)
-    content = [digest, dtype, options.model_dump(mode="json"), pieces, [list(prompt) for prompt in prompts]]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
-    cached = f"responses/{key}.json"
-    if context.cache.exists(cached):
-        rounds = json.loads(context.cache.read_text(cached))
-    else:
-        rounds = _generate(context, source, prompts, options, pieces, key, dtype)
-        context.cache.write_text(cached, json.dumps(rounds))
+    rounds, _ = responses(context, source, prompts, options, digest=digest, dtype=dtype)
     scores = [rouge_l(round_, references) for round_ in rounds]
     matches = [exact_match(round_, references) for round_ in rounds]
     metrics = {

@@ -48,25 +48,61 @@ def generate_texts(
     Raises:
         ModelError: an empty prompt, a token that the model does not have, or more positions than it has.
     """
-    import torch
-
-    generate: Any = model.generate
     _check_prompts(model, prompts, options)
     config = _generation_config(model, tokenizer, options)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
-    with torch.no_grad(), _evaluation_mode(model, config), seeded(seed):
+    with seeded(seed):
         for start in range(0, len(order), options.batch_size):
             batch = order[start : start + options.batch_size]
-            ids, mask = _left_padded([prompts[index] for index in batch], tokenizer, options)
-            output = generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-            )
-            for index, tokens in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+            answers = _continue(model, tokenizer, [prompts[index] for index in batch], options, config)
+            for index, tokens in zip(batch, answers, strict=True):
                 texts[index] = _text(tokens, tokenizer, config.eos_token_id)
             if on_progress is not None:
                 on_progress(start + len(batch), len(order))
     return texts
+
+
+def generate_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    *,
+    seed: int,
+) -> list[list[int]]:
+    """Continue all prompts at once, whatever `options.batch_size` is; else as `generate_texts`.
+
+    Returns:
+        The new tokens of each prompt with the EOS token that ends them; one that was cut at `max_new_tokens` has none.
+    """
+    _check_prompts(model, prompts, options)
+    if not prompts:
+        return []
+    with seeded(seed):
+        return _continue(model, tokenizer, prompts, options, _generation_config(model, tokenizer, options))
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    config: GenerationConfig,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt up to the first EOS token, it included."""
+    import torch
+
+    generate: Any = model.generate
+    ids, mask = _left_padded(prompts, tokenizer, options)
+    with torch.no_grad(), _evaluation_mode(model, config):
+        output = generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
+    return [
+        tokens[: next((at + 1 for at, token in enumerate(tokens) if token in config.eos_token_id), len(tokens))]
+        for tokens in output[:, ids.shape[1] :].tolist()
+    ]
 
 
 def _check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
@@ -124,7 +160,7 @@ def _evaluation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterat
 
 
 def _left_padded(
-    prompts: list[Sequence[int]], tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
+    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
 ) -> tuple[Tensor, Tensor]:
     """Return (ids, mask), both [B, T] int64."""
     import torch
@@ -141,5 +177,5 @@ def _left_padded(
 
 
 def _text(tokens: list[int], tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> str:
-    end = next((position for position, token in enumerate(tokens) if token in ends), len(tokens))
-    return str(tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    kept = tokens[:-1] if tokens and tokens[-1] in ends else tokens
+    return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))

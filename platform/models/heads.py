@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["check_head", "final_hidden", "head_from_folder", "head_of", "head_shape"]
+__all__ = ["check_head", "embedding_from_folder", "final_hidden", "head_from_folder", "head_of", "head_shape"]
 
 # Heads that transformers renames while loading.
 STORED_NAMES = {"gpt_neox": ("embed_out.weight",)}
@@ -52,14 +52,29 @@ def head_from_folder(folder: Path) -> Tensor:
         ModelError: the folder is incomplete, has a head with a bias (which the weight alone would leave out), or no
             tensor of the head's name and shape.
     """
-    from safetensors import SafetensorError, safe_open
-
     model = skeleton(read_config(folder))
     weight, bias = head_of(model)
     if bias is not None:
         raise ModelError(
             f"{folder}: the head of a {model.config.model_type} has a bias. Load the model and use head_of"
         )
+    return _stored(folder, model, weight)
+
+
+def embedding_from_folder(folder: Path) -> Tensor:
+    """Read only the input embedding [V, D] of a model folder, in the dtype of the file.
+
+    Raises:
+        ModelError: the folder is incomplete, or has no tensor of the embedding's name and shape.
+    """
+    model = skeleton(read_config(folder))
+    return _stored(folder, model, model.get_input_embeddings().weight)
+
+
+def _stored(folder: Path, model: PreTrainedModel, weight: Tensor) -> Tensor:
+    """Return what the files hold for one weight of the model's skeleton; a tied one has several names."""
+    from safetensors import SafetensorError, safe_open
+
     names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
     # Some checkpoints hold the base model alone.
     prefix = f"{model.base_model_prefix}."

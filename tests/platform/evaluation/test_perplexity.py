@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from tenfold.platform.errors import ModelError
-from tenfold.platform.evaluation.perplexity import perplexity, token_nll
+from tenfold.platform.evaluation.perplexity import label_bytes, perplexity, token_nll
 from tenfold.platform.models.hidden import check_head
 from transformers import (
     AutoModelForCausalLM,
@@ -191,3 +191,11 @@ def test_plain_heads_pass_in_every_dtype_and_mode(tiny_llama, dtype):
         model.to(dtype).train()
         check_head(model)
         assert model.training
+
+
+def test_bytes_are_those_of_the_labelled_text_without_eos(tiny_tokenizer):
+    text = "Caf\u00e9 red"
+    ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    row = {"input_ids": [5, *ids, tiny_tokenizer.eos_token_id]}
+    row["labels"] = [-100, *ids, tiny_tokenizer.eos_token_id]
+    assert label_bytes([row, {"input_ids": [5], "labels": [-100]}], tiny_tokenizer) == len(text.encode()) == 9
