@@ -46,7 +46,9 @@ def _sentence(model: type[BaseModel], data: Any, detail: Any, prefix: str) -> st
         owner = _model_at(model, location[:-1])
         allowed = sorted(owner.model_fields) if owner else []
         wrong = str(location[-1])
-        hint = nearest(wrong, allowed) or _same_leaf(model, wrong)
+        elsewhere = _same_leaf(model, wrong)
+        # the very name in another section is a better guess than a like one in this
+        hint = elsewhere if (elsewhere or "").endswith(f".{wrong}") else nearest(wrong, allowed) or elsewhere
         path = ".".join([prefix] * bool(prefix) + [str(part) for part in location[:-1]])
         if hint and "." not in hint:
             hint = f"{path}.{hint}" if path else hint
