@@ -51,14 +51,15 @@ class Loss:
     parts: dict[str, tuple[Tensor, Tensor]]
 
 
-def _count(labels_N: Tensor) -> Tensor:
+def row_count(labels_N: Tensor) -> Tensor:
+    """Return N as a float scalar."""
     return torch.tensor(float(len(labels_N)), device=labels_N.device)
 
 
 def sft(student_Nd: Tensor, head_Vd: Tensor, labels_N: Tensor, num_items: Tensor, chunk: int) -> Loss:
     """Cross entropy alone: the baseline SFT, alpha = 0."""
     total = fused_linear_cross_entropy(student_Nd, head_Vd, labels_N, chunk=chunk)
-    return Loss(total / num_items, {"ce": (total.detach(), _count(labels_N))})
+    return Loss(total / num_items, {"ce": (total.detach(), row_count(labels_N))})
 
 
 def vanilla_kd(
@@ -78,15 +79,15 @@ def vanilla_kd(
         teacher_head_VD,
         divergence=settings.divergence,
         options=settings.options,
-        divergence_weight=_weights(labels_N, settings.kd_rate),
+        divergence_weight=row_weights(labels_N, settings.kd_rate),
         targets=labels_N,
-        target_weight=_weights(labels_N, 1 - settings.kd_rate),
+        target_weight=row_weights(labels_N, 1 - settings.kd_rate),
         num_columns=settings.num_columns,
         chunk=settings.chunk,
     )
-    count = _count(labels_N)
-    parts = {"ce": (_undo(sums.cross_entropy, 1 - settings.kd_rate), count)}
-    parts["kd"] = (_undo(sums.divergence, settings.kd_rate), count)
+    count = row_count(labels_N)
+    parts = {"ce": (plain_sum(sums.cross_entropy, 1 - settings.kd_rate), count)}
+    parts["kd"] = (plain_sum(sums.divergence, settings.kd_rate), count)
     return Loss(sums.total / num_items, parts)
 
 
@@ -118,7 +119,7 @@ def dual_space_v1(
         settings: divergence, alpha, columns, chunk.
     """
     alpha, tau = settings.kd_rate, settings.options.temperature
-    weight = _weights(labels_N, alpha)
+    weight = row_weights(labels_N, alpha)
     student_space = fused_linear_distillation(
         student_Nd,
         student_head_Vd,
@@ -128,7 +129,7 @@ def dual_space_v1(
         options=settings.options,
         divergence_weight=weight,
         targets=labels_N,
-        target_weight=_weights(labels_N, 1 - alpha),
+        target_weight=row_weights(labels_N, 1 - alpha),
         teacher_targets=labels_N,
         teacher_target_weight=weight,
         num_columns=settings.num_columns,
@@ -145,12 +146,12 @@ def dual_space_v1(
         num_columns=settings.num_columns,
         chunk=settings.chunk,
     )
-    count = _count(labels_N)
+    count = row_count(labels_N)
     parts = {
-        "ce": (_undo(student_space.cross_entropy, 1 - alpha), count),
-        "student_space": (_undo(student_space.divergence, alpha), count),
-        "t2s_ce": (_undo(student_space.teacher_cross_entropy, alpha), count),
-        "teacher_space": (_undo(teacher_space.detach(), alpha), count),
+        "ce": (plain_sum(student_space.cross_entropy, 1 - alpha), count),
+        "student_space": (plain_sum(student_space.divergence, alpha), count),
+        "t2s_ce": (plain_sum(student_space.teacher_cross_entropy, alpha), count),
+        "teacher_space": (plain_sum(teacher_space.detach(), alpha), count),
     }
     return Loss((student_space.total + teacher_space) / num_items, parts)
 
@@ -189,8 +190,8 @@ def dual_space_v2(
         agreement_threshold: in [0, 1].
         spaces: both, student (without L_tea) or teacher (L_tea alone).
     """
-    weight = _weights(labels_N, settings.kd_rate) / num_items
-    ce_weight = _weights(labels_N, 1 - settings.kd_rate) / num_items
+    weight = row_weights(labels_N, settings.kd_rate) / num_items
+    ce_weight = row_weights(labels_N, 1 - settings.kd_rate) / num_items
     total = student_Nd.new_zeros((), dtype=torch.float32)
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     if spaces != "student":
@@ -208,15 +209,15 @@ def dual_space_v2(
             chunk=settings.chunk,
         )
         total = total + teacher_space.total
-        sum_of_rows = _undo(teacher_space.divergence * num_items, settings.kd_rate)
-        parts["teacher_space"] = (sum_of_rows, _count(labels_N))
+        sum_of_rows = plain_sum(teacher_space.divergence * num_items, settings.kd_rate)
+        parts["teacher_space"] = (sum_of_rows, row_count(labels_N))
         if teacher_prediction_N is None:
             teacher_prediction_N = teacher_space.teacher_prediction
     if spaces == "teacher":
         ce = fused_linear_cross_entropy(
             student_Nd, student_head_Vd, labels_N, row_weight=ce_weight, chunk=settings.chunk
         )
-        parts["ce"] = (_undo(ce.detach() * num_items, 1 - settings.kd_rate), _count(labels_N))
+        parts["ce"] = (plain_sum(ce.detach() * num_items, 1 - settings.kd_rate), row_count(labels_N))
         # the projector is no part of this ablation, but every trained parameter takes part in every step
         return Loss(total + ce + 0.0 * projected_teacher_Nd.sum(), parts)
     if teacher_prediction_N is None:
@@ -250,8 +251,8 @@ def _student_space_v2(
     agreement_threshold: float,
 ) -> Loss:
     """(1 - alpha) CE + alpha (L_stu + L_t2s_ce): all that the student's head reads, in one pass over its logits."""
-    alpha, count = settings.kd_rate, _count(labels_N)
-    weight = _weights(labels_N, alpha) / num_items
+    alpha, count = settings.kd_rate, row_count(labels_N)
+    weight = row_weights(labels_N, alpha) / num_items
     t2s_prediction = linear_argmax(
         projected_teacher_Nd.detach(),
         student_head_Vd.detach(),
@@ -271,7 +272,7 @@ def _student_space_v2(
         options=settings.options,
         divergence_weight=local if masked else weight,
         targets=labels_N,
-        target_weight=_weights(labels_N, 1 - alpha) / num_items,
+        target_weight=row_weights(labels_N, 1 - alpha) / num_items,
         teacher_targets=teacher_prediction_N,
         teacher_target_weight=weight,
         num_columns=settings.num_columns,
@@ -279,18 +280,19 @@ def _student_space_v2(
     )
     divergence = sums.divergence * (micro_batches if masked else num_items)
     parts = {
-        "ce": (_undo(sums.cross_entropy * num_items, 1 - alpha), count),
-        "t2s_ce": (_undo(sums.teacher_cross_entropy * num_items, alpha), count),
-        "student_space": (_undo(divergence, alpha), torch.ones_like(count) if masked else count),
+        "ce": (plain_sum(sums.cross_entropy * num_items, 1 - alpha), count),
+        "t2s_ce": (plain_sum(sums.teacher_cross_entropy * num_items, alpha), count),
+        "student_space": (plain_sum(divergence, alpha), torch.ones_like(count) if masked else count),
         "t2s_agreement": (agreeing, count),
     }
     return Loss(sums.total, parts)
 
 
-def _weights(labels_N: Tensor, value: float) -> Tensor:
+def row_weights(labels_N: Tensor, value: float) -> Tensor:
+    """Return [N] float32, all `value`."""
     return torch.full(labels_N.shape, value, dtype=torch.float32, device=labels_N.device)
 
 
-def _undo(weighted_sum: Tensor, factor: float) -> Tensor:
+def plain_sum(weighted_sum: Tensor, factor: float) -> Tensor:
     """Return the plain sum of a part for logging; 0 where its factor is 0."""
     return weighted_sum.detach() / factor if factor else torch.zeros_like(weighted_sum)
