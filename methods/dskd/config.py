@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
-from tenfold.platform.data.config import DataConfig
+from tenfold.platform.data.config import DataConfig, DataSource
 from tenfold.platform.evaluation.options import EvaluationOptions
 from tenfold.platform.experiment import StrictModel
+from tenfold.platform.models.options import GenerationOptions
 from tenfold.platform.models.source import ModelSource
 from tenfold.platform.training.options import TrainingOptions
 
@@ -24,6 +25,34 @@ Divergence = Literal[
 ]
 
 
+Alignment = Literal["none", "cma", "eta", "order", "mined"]
+# How the teacher's positions reach the student's where the two tokenizers differ.
+ALIGNMENTS: dict[str, Alignment] = {
+    "sft": "none",
+    "seqkd": "none",
+    "dual_space_v1": "cma",
+    "dual_space_v2": "eta",
+    "overlap_kd": "eta",
+    "uld": "order",
+    "mined": "mined",
+}
+# These objectives compare by their own pairs also where the tokenizers are the same.
+ALWAYS_PAIRED = ("overlap_kd", "uld", "mined")
+
+
+class OnPolicy(StrictModel):
+    """Training on what the student itself generates (v2, arXiv 2504.11426); needs a live teacher."""
+
+    after_epochs: int = Field(3, ge=0, description="epochs on the data alone at first (v2: 3, its example 1)")
+    ratio: float = Field(0.5, ge=0, le=1, description="share of the forward passes that generate (v2: 0.5)")
+    temperature: float = Field(1.0, gt=0, description="of sampling (v2: 1.0)")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 is off (v2: 1.0)")
+    top_k: int = Field(0, ge=0, description="sample among the k most probable tokens; 0 is off (v2: 0)")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="longest response; default: max_length - max_prompt_length (v2)"
+    )
+
+
 class DSKDConfig(StrictModel):
     """Options of a distillation run. "v1" is arXiv 2406.17328, "v2" is arXiv 2504.11426."""
 
@@ -37,8 +66,35 @@ class DSKDConfig(StrictModel):
         "auto", description="the teacher's arithmetic; auto: bfloat16 where this hardware computes in it"
     )
     data: DataConfig = Field(description="training and validation data")
-    objective: Literal["sft", "kl", "dual_space_v1", "dual_space_v2"] = Field(
-        "dual_space_v2", description="sft: no teacher; kl: one divergence of the two heads; dual_space: v1 or v2"
+    test_sets: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], list[DataSource]] = Field(
+        default_factory=dict,
+        description="further instruction sets that the finished student is measured on: name -> files (v1, v2: five)",
+    )
+    objective: Literal["sft", "seqkd", "kl", "dual_space_v1", "dual_space_v2", "overlap_kd", "uld", "mined"] = Field(
+        "dual_space_v2",
+        description="sft: no teacher; seqkd: sft on the teacher's responses; kl: one divergence of the two heads; "
+        "dual_space: v1 or v2; overlap_kd, uld, mined: competitors for different vocabularies",
+    )
+    eta_mode: Literal["byte_span", "official"] = Field(
+        "byte_span", description="exact token alignment by bytes, or as the official code does (loses synchronisation)"
+    )
+    cma_std: Literal["masked", "batch"] = Field(
+        "masked",
+        description="deviation in CMA's normalisation: over label positions (our choice: padding does not matter), "
+        "or over all of the batch (official code; needs teacher_mode live)",
+    )
+    projector_init: Literal["auto", "random", "pinv"] = Field(
+        "auto", description="t2s projector; auto: random for v1, pseudo-inverse for v2 (the papers' ways)"
+    )
+    topk_vocab: int = Field(-1, description="v2: entries of the vocabulary that the projectors are fitted to; -1: all")
+    seqkd_generation: GenerationOptions = Field(
+        GenerationOptions(), description="how the teacher answers for seqkd (our choice: sampling at temperature 1)"
+    )
+    seqkd_seed: Annotated[int, Field(ge=0)] = Field(
+        10, description="of the teacher's sampling for seqkd; independent of `seed`, so that seeds share the answers"
+    )
+    on_policy: OnPolicy | None = Field(
+        None, description="train on the student's own responses as well; off by default"
     )
     divergence: Divergence = Field("forward_kl", description="between the distributions (v1 table of divergences)")
     kd_rate: float = Field(0.5, ge=0, le=1, description="alpha: loss = (1 - alpha) CE + alpha KD (v1, v2: 0.5)")
@@ -62,12 +118,28 @@ class DSKDConfig(StrictModel):
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions, description="ROUGE-L protocol")
 
     @model_validator(mode="after")
-    def _spaces_belong_to_v2(self) -> DSKDConfig:
+    def _options_fit_the_objective(self) -> DSKDConfig:
         if self.spaces != "both" and self.objective != "dual_space_v2":
             raise ValueError(f"spaces = {self.spaces} is an ablation of dual_space_v2; objective is {self.objective}")
+        if self.topk_vocab != -1 and self.topk_vocab < 1:
+            raise ValueError(f"topk_vocab = {self.topk_vocab}: give a number of entries, or -1 for all")
+        if self.cma_std == "batch" and self.teacher_mode == "cache":
+            raise ValueError("cma_std = batch reads states that a cache does not keep; use teacher_mode = live")
+        if self.on_policy is not None and self.objective not in ("kl", "dual_space_v1", "dual_space_v2"):
+            raise ValueError(
+                f"on_policy works with kl, dual_space_v1 and dual_space_v2; objective is {self.objective}"
+            )
+        if self.on_policy is not None and self.teacher_mode == "cache":
+            raise ValueError("on_policy: the teacher must read what the student generates; use teacher_mode = live")
         return self
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the objective reads the teacher."""
-        return self.objective != "sft"
+        """Whether the loss reads the teacher."""
+        return self.objective not in ("sft", "seqkd")
+
+    def alignment(self, same_tokenizer: bool) -> Alignment | None:
+        """Return how positions are paired; None where the objective compares equal vocabularies only."""
+        if same_tokenizer and self.objective not in ALWAYS_PAIRED:
+            return "none"
+        return ALIGNMENTS.get(self.objective)

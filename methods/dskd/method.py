@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from tenfold.methods.dskd.config import DSKDConfig
+from tenfold.methods.dskd.config import Alignment, DSKDConfig
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.method import Outcome, Paper, PlanSection
-from tenfold.platform.models.source import ModelSource
 
 if TYPE_CHECKING:
     from tenfold.platform.context import PlanContext, RunContext
 
 
 class DSKD:
-    """Distils one language model into another that has the same tokenizer."""
+    """Distils one language model into another, whatever tokenizers they have."""
 
     name: ClassVar[str] = "dskd"
-    summary: ClassVar[str] = "dual-space distillation of one LLM into another, with SFT and vanilla KD beside it"
+    summary: ClassVar[str] = "dual-space distillation between any two LLMs, with SFT, vanilla KD and others beside it"
     papers: ClassVar[tuple[Paper, ...]] = (
         Paper("Dual-Space Knowledge Distillation for Large Language Models", "2406.17328", 2024),
         Paper(
@@ -33,19 +30,16 @@ class DSKD:
 
     def plan(self, config: DSKDConfig, context: PlanContext) -> list[PlanSection]:
         """Check models, tokenizers and data; say sizes, steps and memory."""
-        from tenfold.platform.data.examples import load_examples
+        from tenfold.methods.dskd.preparation import find_alignment
+        from tenfold.platform.data.examples import load_examples, read_examples
         from tenfold.platform.data.tokenise import tokenised_dataset
-        from tenfold.platform.models.loading import describe, load_tokenizer, same_tokenizer
+        from tenfold.platform.models.loading import describe, load_tokenizer
 
         student, teacher = describe(config.student), describe(config.teacher)
         tokenizer = load_tokenizer(config.student)
-        if config.needs_teacher and not same_tokenizer(tokenizer, load_tokenizer(config.teacher)):
-            raise ConfigError(
-                f"config.objective = {config.objective}: needs one vocabulary; the student's tokenizer has "
-                f"{student.tokenizer_length} entries, the teacher's {teacher.tokenizer_length}, and they encode "
-                "differently. Give the student the teacher's tokenizer, or use config.objective=sft"
-            )
+        alignment = find_alignment(config)
         splits = load_examples(config.data)
+        sets = {name: read_examples(sources, config.data, name)[0] for name, sources in config.test_sets.items()}
         rows = tokenised_dataset(splits.train, tokenizer, config.data)
         labels = sum(sum(label != -100 for label in row) for row in rows["labels"])
         options, workers = config.training, context.compute.workers
@@ -67,6 +61,7 @@ class DSKD:
                 ),
                 ("teacher", f"{teacher.name}: {teacher.num_parameters:,} parameters ({config.teacher_mode})"),
                 ("objective", config.objective + (f", {config.divergence}" if config.needs_teacher else "")),
+                ("tokenizers", _alignment_text(config, alignment)),
             ),
         )
         work = PlanSection(
@@ -74,6 +69,7 @@ class DSKD:
             (
                 ("training rows", f"{len(rows):,} ({sum(rows['length']):,} tokens, {labels:,} of them labels)"),
                 ("validation rows", f"{len(splits.validation):,}"),
+                ("test sets", ", ".join(f"{name} {len(examples):,}" for name, examples in sets.items()) or "none"),
                 ("skipped rows", f"{splits.skipped:,}"),
                 (
                     "rows in a step",
@@ -89,20 +85,15 @@ class DSKD:
 
     def run(self, config: DSKDConfig, context: RunContext) -> Outcome:
         """Let the teacher read the data, train the student, evaluate it, keep it."""
-        from tenfold.methods.dskd.teacher import encode_rows
+        from tenfold.methods.dskd.preparation import prepare
         from tenfold.methods.dskd.trainer import build_trainer
         from tenfold.platform.data.examples import load_examples
-        from tenfold.platform.data.tokenise import tokenised_dataset
-        from tenfold.platform.models.loading import load_tokenizer
         from tenfold.platform.models.manifest import Parent, model_digest
         from tenfold.platform.models.references import resolve
         from tenfold.platform.training.launch import TrainingJob
 
         splits = load_examples(config.data)
-        payload: dict[str, Any] = {"dskd": config.model_dump(mode="json"), "cache": context.cache.uri}
-        if config.needs_teacher and config.teacher_mode == "cache":
-            rows = tokenised_dataset(splits.train, load_tokenizer(config.student), config.data)
-            payload["states"] = encode_rows(context, config, list(rows), "training")
+        payload = prepare(config, context, splits)
         result = context.train(TrainingJob(build_trainer, payload, config.training))
         parents = [
             Parent(kind="teacher", reference=config.teacher.name, digest=model_digest(resolve(config.teacher))),
@@ -114,7 +105,7 @@ class DSKD:
         model = context.save_model(
             result.best.path, name="student", flavor="causal-lm", metrics=trained, parents=parents
         )
-        if context.trial is not None:
+        if context.trial is not None and not config.evaluation.in_sweeps:
             # a sweep compares what training measured; `evaluate` gives the rest for the trial one keeps
             return Outcome(metrics=trained, model=model)
         with tempfile.TemporaryDirectory(prefix="tenfold-student-") as scratch:
@@ -122,52 +113,17 @@ class DSKD:
         return Outcome(metrics=metrics, artifacts={"responses": "responses.jsonl"}, model=model)
 
     def evaluate(self, config: DSKDConfig, model: Path, context: RunContext) -> Mapping[str, float]:
-        """Perplexity and ROUGE-L on the validation rows, of the student and of the teacher."""
-        from tenfold.methods.dskd.teacher import encode_rows, teacher_dtype, teacher_nll
-        from tenfold.platform.data.examples import load_examples
-        from tenfold.platform.data.tokenise import prompt_ids, tokenised_dataset
-        from tenfold.platform.evaluation.perplexity import perplexity, token_nll
-        from tenfold.platform.evaluation.responses import response_metrics
-        from tenfold.platform.models.loading import load_causal_lm, load_tokenizer
-        from tenfold.platform.models.manifest import model_digest
-        from tenfold.platform.models.references import resolve
+        """Perplexity and ROUGE-L on the validation rows and the test sets, of the student and of the teacher."""
+        from tenfold.methods.dskd.evaluation import measure
 
-        source = ModelSource(model=str(model))
-        tokenizer = load_tokenizer(source)
-        examples = load_examples(config.data).validation
-        rows = tokenised_dataset(examples, tokenizer, config.data)
-        total, count = token_nll(load_causal_lm(source, dtype="float32"), rows)
-        metrics = {"eval/nll": total / count, "eval/perplexity": perplexity(total, count)}
-        chosen = [examples[index] for index in rows["index"]][: config.evaluation.max_rows]
-        prompts = [prompt_ids(example, tokenizer, config.data) for example in chosen]
-        references = [example.responses for example in chosen]
-        own, texts = response_metrics(
-            context, source, prompts, references, config.evaluation, digest=model_digest(model)
-        )
-        metrics |= {f"eval/{name}": value for name, value in own.items()}
-        states = encode_rows(context, config, list(rows), "validation")
-        mean = teacher_nll(context.cache, states)
-        metrics |= {"teacher/nll": mean, "teacher/perplexity": math.exp(mean)}
-        theirs, teacher_texts = response_metrics(
-            context,
-            config.teacher,
-            prompts,
-            references,
-            config.evaluation,
-            digest=model_digest(resolve(config.teacher)),
-            dtype=teacher_dtype(config),
-        )
-        metrics |= {f"teacher/{name}": value for name, value in theirs.items()}
-        lines = [
-            {
-                "prompt": example.messages[-1]["content"],
-                "reference": example.responses[0],
-                "student": one,
-                "teacher": two,
-            }
-            for example, one, two in zip(chosen, texts, teacher_texts, strict=True)
-        ]
-        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-        context.storage.write_text("responses.jsonl", text + "\n")
-        context.tracker.log_text(text + "\n", "responses.jsonl")
-        return metrics
+        return measure(config, model, context)
+
+
+def _alignment_text(config: DSKDConfig, alignment: Alignment) -> str:
+    return {
+        "none": "one for both" if config.needs_teacher else "the student's",
+        "cma": "two: cross-model attention",
+        "eta": f"pairs of equal tokens ({config.eta_mode})",
+        "order": "paired in order",
+        "mined": "paired by edit distance",
+    }[alignment]

@@ -1,21 +1,22 @@
-"""The module that DSKD trains: the student, the projectors, and the loss on the rows that carry a label.
+"""The module that DSKD trains: the student, what reads the teacher, and the loss on the rows that carry a label.
 
-Legend: B batch, T padded length, N label positions, V vocabulary, d student's and D teacher's hidden size.
+Legend: B batch, n and m padded lengths of the student's and the teacher's sequences (equal for one tokenizer), N and M
+their label positions, V vocabulary, d student's and D teacher's hidden size.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tenfold.methods.dskd import objective
 from tenfold.methods.dskd.config import DSKDConfig
-from tenfold.methods.dskd.projectors import inverse_gram, teacher_to_student
 from tenfold.platform.data.positions import label_positions, next_labels
 from tenfold.platform.losses.divergence import DivergenceOptions
-from tenfold.platform.losses.fused_linear import linear_cross_entropy_rows
+from tenfold.platform.losses.fused_linear import linear_argmax, linear_cross_entropy_rows
 from tenfold.platform.models.hidden import final_hidden
 from tenfold.platform.training.module import TrainedModule
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Make whole parameters of what ZeRO-3 has sharded; does nothing for ordinary ones. All ranks must enter."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    """Make whole parameters of what ZeRO-3 has sharded; does nothing for whole ones. All ranks must enter."""
+    # a tied embedding may have been gathered as the head
+    sharded: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    sharded = [parameter for parameter in sharded if parameter.ds_status.name != "AVAILABLE"]
     if not sharded:
         yield
         return
@@ -34,13 +37,53 @@ def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What one model made of a micro-batch.
+
+    Attributes:
+        states: [B, T, X] last hidden states; None where only those of the label positions were kept.
+        rows: [R, X] those of the R label positions.
+        head: [V, X].
+        input_ids: int64 [B, T].
+        labels: int64 [B, T].
+        targets: int64 [R] next tokens.
+        prediction: int64 [R] argmax of the logits, where it is known already.
+        is_generated: the student wrote the text itself, so that the targets are no gold labels.
+    """
+
+    states: Tensor | None
+    rows: Tensor
+    head: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    targets: Tensor
+    prediction: Tensor | None = None
+    is_generated: bool = False
+
+    def predicted(self, num_columns: int, chunk: int) -> Tensor:
+        """Return the argmax over the tokenizer's entries, int64 [R]."""
+        if self.prediction is not None:
+            return self.prediction
+        return linear_argmax(self.rows, self.head, num_columns=num_columns, chunk=chunk)
+
+    def padded_states(self) -> Tensor:
+        """Return [B, T, X]; zeros where the states were not kept."""
+        if self.states is not None:
+            return self.states
+        padded = self.rows.new_zeros(*self.labels.shape, self.rows.shape[1])
+        padded[label_positions(self.labels)] = self.rows
+        return padded
+
+
 class DistillationModule(TrainedModule):
-    """Student and projectors with one of DSKD's objectives.
+    """Student with plain SFT or vanilla distillation; subclasses add what reads the teacher otherwise.
 
     Args:
         student: the trained model.
         config: DSKD's options.
-        num_columns: entries of the shared tokenizer.
+        num_columns: entries of the student's tokenizer.
+        num_teacher_columns: entries of the teacher's; None: the same tokenizer.
         teacher_head: W_t [V, D] with a cached teacher.
         teacher: the frozen model itself, with a live teacher; kept out of this module's state.
     """
@@ -51,11 +94,13 @@ class DistillationModule(TrainedModule):
         config: DSKDConfig,
         *,
         num_columns: int,
+        num_teacher_columns: int | None = None,
         teacher_head: Tensor | None = None,
         teacher: nn.Module | None = None,
     ):
         super().__init__(student)
         self._options = config
+        self._teacher_columns = num_columns if num_teacher_columns is None else num_teacher_columns
         # in a tuple, so that the teacher's weights are neither trained nor saved with this module
         self._teacher = (teacher,)
         self.register_buffer("teacher_head", teacher_head, persistent=False)
@@ -72,26 +117,13 @@ class DistillationModule(TrainedModule):
             num_columns=num_columns,
             chunk=config.loss_chunk_rows,
         )
-        if config.objective in ("dual_space_v1", "dual_space_v2"):
-            self._add_projectors()
 
-    def _add_projectors(self) -> None:
-        with self._teacher_weight() as teacher_head:
-            student_head = self.exported.get_output_embeddings().weight
-            with gathered([student_head]), torch.no_grad():
-                D, d = teacher_head.shape[1], student_head.shape[1]
-                self.t2s = nn.Linear(D, d, bias=self._options.objective == "dual_space_v1")
-                if self._options.objective == "dual_space_v1":
-                    self.s2t = nn.Linear(d, D)
-                    return
-                columns = self._settings.num_columns
-                initial = teacher_to_student(student_head[:columns], teacher_head[:columns])
-                with gathered([self.t2s.weight]):
-                    self.t2s.weight.copy_(initial.T)
-                # buffers, so that a resumed run goes on with the same projector between two refreshes
-                self.register_buffer("inverse_gram", inverse_gram(teacher_head[:columns]).float(), persistent=False)
-                self.register_buffer("s2t_matrix", torch.zeros(d, D))
-                self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+    @contextlib.contextmanager
+    def _heads(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield W_s and W_t, whole also under ZeRO-3; for setting up what depends on both."""
+        head = self.exported.get_output_embeddings().weight
+        with self._teacher_weight() as teacher_head, gathered([head]), torch.no_grad():
+            yield head, teacher_head
 
     @contextlib.contextmanager
     def _teacher_weight(self) -> Iterator[Tensor]:
@@ -111,101 +143,104 @@ class DistillationModule(TrainedModule):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
-        teacher_hidden: Tensor | None = None,
-        teacher_prediction: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        generated: dict[str, Tensor] | None = None,
+        **teaching: Tensor,
     ) -> dict[str, Any]:
         """Return loss and statistics; in eval mode the student's own next-token loss per row.
 
         Args:
-            input_ids: int64 [B, T].
-            attention_mask: [B, T].
-            labels: int64 [B, T], -100 = not counted.
-            teacher_hidden: [N, D] h_t at the label positions, with a cached teacher.
-            teacher_prediction: int64 [N] argmax of z_t, with a cached teacher.
+            input_ids: int64 [B, n].
+            attention_mask: [B, n].
+            labels: int64 [B, n], -100 = not counted.
             num_items_in_batch: label tokens of the global batch.
+            generated: on-policy: the batch that the divergences are taken on, with its own `num_items`; the cross
+                entropy stays that of the data.
+            **teaching: `teacher_hidden` [M, D] and `teacher_prediction` [M] with a cached teacher; `teacher_labels`,
+                `teacher_input_ids`, `teacher_attention_mask` [B, m] with another tokenizer; pairs of positions.
         """
-        positions, targets = label_positions(labels), next_labels(labels)
-        hidden = final_hidden(self.exported, input_ids, attention_mask)[positions]
         head = self.exported.get_output_embeddings().weight
+        student = self._read_student(input_ids, attention_mask, labels, head)
         if not self.training:
-            return self._evaluation(hidden, head, targets, positions)
-        items = torch.as_tensor(
-            len(targets) if num_items_in_batch is None else num_items_in_batch, device=hidden.device
-        ).float()
+            return self._evaluation(student)
+        items = self._items(student, num_items_in_batch)
         if not self._options.needs_teacher:
-            loss = objective.sft(hidden, head, targets, items, self._settings.chunk)
+            loss = objective.sft(student.rows, head, student.targets, items, self._settings.chunk)
+        elif generated is None:
+            loss = self._taught(student, attention_mask, teaching, items, self._settings)
         else:
-            with self._teacher_weight() as teacher_head:
-                if teacher_hidden is None:
-                    teacher_hidden = self._live_hidden(input_ids, attention_mask)[positions]
-                teacher_hidden = teacher_hidden.to(teacher_head.dtype)
-                loss = self._distil(hidden, head, teacher_hidden, teacher_head, teacher_prediction, targets, items)
+            loss = self._on_policy(student, items, generated)
         return {"loss": loss.total, "statistics": loss.parts}
+
+    def _read_student(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, head: Tensor) -> Reading:
+        states = final_hidden(self.exported, input_ids, attention_mask)
+        return Reading(states, states[label_positions(labels)], head, input_ids, labels, next_labels(labels))
+
+    @staticmethod
+    def _items(student: Reading, given: Tensor | int | None) -> Tensor:
+        number = len(student.targets) if given is None else given
+        return torch.as_tensor(number, device=student.rows.device).float()
+
+    def _taught(
+        self,
+        student: Reading,
+        attention_mask: Tensor,
+        teaching: dict[str, Tensor],
+        items: Tensor,
+        settings: objective.LossSettings,
+    ) -> objective.Loss:
+        """(1 - alpha) CE + alpha KD on one batch, with the alpha of `settings`."""
+        ids = teaching.get("teacher_input_ids", student.input_ids)
+        mask = teaching.get("teacher_attention_mask", attention_mask)
+        labels = teaching.get("teacher_labels", student.labels)
+        states, rows = None, teaching.get("teacher_hidden")
+        if rows is None:
+            # before the head is gathered: under ZeRO-3 a forward pass gives back what it shares with the head
+            states = self._live_states(ids, mask)
+            rows = states[label_positions(labels)]
+        with self._teacher_weight() as head:
+            teacher = Reading(
+                states,
+                rows.to(head.dtype),
+                head,
+                ids,
+                labels,
+                next_labels(labels),
+                teaching.get("teacher_prediction"),
+            )
+            return self._distil(student, teacher, teaching, items, settings)
+
+    def _on_policy(self, student: Reading, items: Tensor, generated: dict[str, Tensor]) -> objective.Loss:
+        """(1 - alpha) CE on the data + alpha KD on what the student generated (v2)."""
+        alpha, batch = self._settings.kd_rate, dict(generated)
+        ids, mask, labels = (batch.pop(name) for name in ("input_ids", "attention_mask", "labels"))
+        own_items = self._items(student, batch.pop("num_items"))
+        ce = objective.sft(student.rows, student.head, student.targets, items, self._settings.chunk)
+        read = replace(self._read_student(ids, mask, labels, student.head), is_generated=True)
+        kd = self._taught(read, mask, batch, own_items, replace(self._settings, kd_rate=1.0))
+        parts = {f"on_policy_{name}": part for name, part in kd.parts.items() if name != "ce"}
+        return objective.Loss((1 - alpha) * ce.total + alpha * kd.total, ce.parts | parts)
 
     def _distil(
         self,
-        hidden: Tensor,
-        head: Tensor,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
-        teacher_prediction: Tensor | None,
-        targets: Tensor,
+        student: Reading,
+        teacher: Reading,
+        teaching: dict[str, Tensor],
         items: Tensor,
+        settings: objective.LossSettings,
     ) -> objective.Loss:
-        settings, options = self._settings, self._options
-        if options.objective == "kl":
-            return objective.vanilla_kd(hidden, head, teacher_hidden, teacher_head, targets, items, settings)
-        projected_teacher = self.t2s(teacher_hidden.to(self.t2s.weight.dtype))
-        if options.objective == "dual_space_v1":
-            projected_student = self.s2t(hidden).to(teacher_head.dtype)
-            return objective.dual_space_v1(
-                hidden,
-                head,
-                teacher_hidden,
-                teacher_head,
-                projected_teacher,
-                projected_student,
-                targets,
-                items,
-                settings,
-            )
-        projected_student = (hidden @ self._current_s2t(head, teacher_head).to(hidden.dtype)).to(teacher_head.dtype)
-        return objective.dual_space_v2(
-            hidden,
-            head,
-            teacher_hidden,
-            teacher_head,
-            projected_teacher,
-            projected_student,
-            teacher_prediction,
-            targets,
-            items,
-            settings,
-            micro_batches=self.micro_batches,
-            agreement_threshold=options.agreement_threshold,
-            spaces=options.spaces,
+        return objective.vanilla_kd(
+            student.rows, student.head, teacher.rows, teacher.head, student.targets, items, settings
         )
 
     @torch.no_grad()
-    def _current_s2t(self, head: Tensor, teacher_head: Tensor) -> Tensor:
-        """Return S = (W_s^T W_t)(W_t^T W_t)^{-1}, recomputed from the current student head (v2)."""
-        if self.passes.item() % self._options.s2t_refresh_every == 0:
-            columns = self._settings.num_columns
-            cross = (head[:columns].T.to(teacher_head.dtype) @ teacher_head[:columns]).float()
-            self.s2t_matrix.copy_(cross @ self.inverse_gram.float())
-        self.passes += 1
-        return self.s2t_matrix
-
-    @torch.no_grad()
-    def _live_hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _live_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return final_hidden(self._live_teacher(), input_ids, attention_mask)
 
     @torch.no_grad()
-    def _evaluation(self, hidden: Tensor, head: Tensor, targets: Tensor, positions: Tensor) -> dict[str, Any]:
-        losses = linear_cross_entropy_rows(hidden, head, targets, chunk=self._settings.chunk)
-        rows = positions.nonzero()[:, 0]
-        nll = losses.new_zeros(len(positions)).index_add_(0, rows, losses)
-        counts = positions.sum(1)
-        mean = losses.sum() / max(len(targets), 1)
-        return {"loss": mean, "statistics": {}, "nll": nll, "num_labels": counts}
+    def _evaluation(self, student: Reading) -> dict[str, Any]:
+        losses = linear_cross_entropy_rows(student.rows, student.head, student.targets, chunk=self._settings.chunk)
+        positions = label_positions(student.labels)
+        nll = losses.new_zeros(len(positions)).index_add_(0, positions.nonzero()[:, 0], losses)
+        mean = losses.sum() / max(len(student.targets), 1)
+        return {"loss": mean, "statistics": {}, "nll": nll, "num_labels": positions.sum(1)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tenfold.methods.dskd.config import DSKDConfig
-from tenfold.methods.dskd.module import DistillationModule
+from tenfold.methods.dskd.trainer import make_module
 from tenfold.platform.data.positions import label_positions, next_labels
 
 OBJECTIVES = ["sft", "kl", "dual_space_v1", "dual_space_v2"]
@@ -41,7 +41,7 @@ def make(tiny_llama, objective, **more):
     torch.manual_seed(1)
     head = torch.randn(320, 48)
     student = tiny_llama(320)
-    return DistillationModule(student, config(objective, **more), num_columns=320, teacher_head=head)
+    return make_module(student, config(objective, **more), "none", num_columns=320, teacher_head=head)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -10,10 +10,9 @@ import pytest
 import torch
 from tenfold.methods.dskd.config import DSKDConfig
 from tenfold.methods.dskd.objective import LossSettings, dual_space_v2
-from tenfold.methods.dskd.teacher import encode_rows
+from tenfold.methods.dskd.preparation import prepare
 from tenfold.platform import cluster
 from tenfold.platform.data.examples import load_examples
-from tenfold.platform.data.tokenise import tokenised_dataset
 from tenfold.platform.experiment import check_experiment
 from tenfold.platform.losses.divergence import DivergenceOptions
 from tenfold.platform.models.loading import load_causal_lm, load_tokenizer
@@ -37,7 +36,14 @@ OWN_SETTINGS = {
         "reduce_bucket_size": 2000,
     },
 }
-# objective, DeepSpeed settings, teacher; the first of each objective is what the others are compared with
+# what else than the objective of the same name
+CASES = {
+    "cma": {"objective": "dual_space_v1", "two_tokenizers": True},
+    "eta": {"objective": "dual_space_v2", "two_tokenizers": True},
+    "uld": {"two_tokenizers": True},
+    "on_policy": {"objective": "dual_space_v2", "on_policy": {"after_epochs": 0, "ratio": 0.5, "max_new_tokens": 4}},
+}
+# case, DeepSpeed settings, teacher; the first of each objective is what the others are compared with
 COMBINATIONS = [
     ("dual_space_v1", "zero2", "cache"),
     ("dual_space_v1", "zero0", "cache"),
@@ -50,6 +56,15 @@ COMBINATIONS = [
     ("dual_space_v2", "zero2", "live"),
     ("dual_space_v2", "zero3", "live"),
     ("dual_space_v2", "own.json", "live"),
+    ("cma", "zero2", "cache"),
+    ("cma", "zero3", "cache"),
+    ("cma", "zero3", "live"),
+    ("eta", "zero2", "cache"),
+    ("eta", "zero3", "live"),
+    ("uld", "zero2", "cache"),
+    ("uld", "zero3", "cache"),
+    ("on_policy", "zero2", "live"),
+    ("on_policy", "zero3", "live"),
 ]
 
 
@@ -78,10 +93,19 @@ def options(student, **more):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """A student that has its weights already: under ZeRO-3 fresh ones are drawn in another order."""
+    return saved_student(tmp_path_factory, TEACHER)
+
+
+@pytest.fixture(scope="module")
+def other_student(tmp_path_factory):
+    return saved_student(tmp_path_factory, "sample:tokenizers/gpt2")
+
+
+def saved_student(tmp_path_factory, tokenizer):
+    """Make a student that has its weights already: under ZeRO-3 fresh ones are drawn in another order."""
     shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "max_position_embeddings": 256}
-    fresh = DSKDConfig(**options({"config": shape, "tokenizer": TEACHER})).student
+    fresh = DSKDConfig(**options({"config": shape, "tokenizer": tokenizer})).student
     folder = tmp_path_factory.mktemp("student")
     load_causal_lm(fresh, seed=3, dtype="float32").save_pretrained(folder)
     load_tokenizer(fresh).save_pretrained(folder)
@@ -96,28 +120,29 @@ def own_settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, student, own_settings):
+def trained(tmp_path_factory, student, other_student, own_settings):
     """Folder of each combination, all trained by one pair of processes."""
     base = tmp_path_factory.mktemp("trained")
     config = DSKDConfig(**options(student))
-    rows = tokenised_dataset(load_examples(config.data).train, load_tokenizer(config.student), config.data)
-    cache = Storage(base / "cache")
     here = SimpleNamespace(
-        cache=cache,
+        cache=Storage(base / "cache"),
         compute=SimpleNamespace(cpus_per_worker=1, gpus_per_worker=0),
         map=lambda function, items, **_: [function(item) for item in items],
+        report=lambda metrics: None,
     )
-    states = encode_rows(here, config, list(rows), "training")
+    splits = load_examples(config.data)
     jobs, folders = [], {}
     for combination in COMBINATIONS:
-        objective, settings, teacher_mode = combination
-        config = DSKDConfig(**options(student, objective=objective, teacher_mode=teacher_mode))
+        case, settings, teacher_mode = combination
+        own = {"objective": case, **CASES.get(case, {})}
+        who = other_student if own.pop("two_tokenizers", False) else student
+        config = DSKDConfig(**options(who, teacher_mode=teacher_mode, **own))
         folders[combination] = base / "-".join(combination)
         folders[combination].mkdir()
         jobs.append(
             {
                 "build": "tenfold.methods.dskd.trainer:build_trainer",
-                "config": {"dskd": config.model_dump(mode="json"), "cache": cache.uri, "states": states},
+                "config": prepare(config, here, splits),
                 "options": config.training.model_dump(mode="json"),
                 "deepspeed": deepspeed_config(own_settings if settings == "own.json" else settings),
                 "seed": 10,
@@ -145,15 +170,17 @@ def test_settings_and_teacher_modes_give_the_same_losses(trained, combination):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
-def test_saved_student_is_whole_and_has_the_same_weights(trained, student, combination):
+def test_saved_student_is_whole_and_has_the_same_weights(trained, student, other_student, combination):
     from transformers import AutoModelForCausalLM
+
+    begun = other_student if "two_tokenizers" in CASES.get(combination[0], {}) else student
 
     model, found = AutoModelForCausalLM.from_pretrained(
         trained[combination], dtype="float32", output_loading_info=True
     )
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
-    before = AutoModelForCausalLM.from_pretrained(student["model"], dtype="float32").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(begun["model"], dtype="float32").state_dict()
     same = AutoModelForCausalLM.from_pretrained(trained[first_of(combination)], dtype="float32").state_dict()
     for name, weight in model.state_dict().items():
         assert weight.shape == before[name].shape
