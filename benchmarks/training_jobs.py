@@ -98,6 +98,16 @@ def job_config(states: States, schedule: Schedule, workers: int) -> Any:
     return states.config("kl", "config.data.max_validation_rows=16", *changes)
 
 
+def job_payload(states: States, config: Any) -> dict[str, Any]:
+    """Return what DSKD's `build_trainer` reads."""
+    return {
+        "dskd": config.model_dump(mode="json"),
+        "cache": states.cache,
+        "alignment": "none",
+        "states": states.folder,
+    }
+
+
 def trainer_alone(states: States, schedule: Schedule, tokens: list[int]) -> JobTimes:
     """Time the platform's Trainer on one core without DeepSpeed and Ray, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -126,7 +136,7 @@ def _train_alone(states: States, schedule: Schedule) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         payload = {
             "build": "tenfold.methods.dskd.trainer:build_trainer",
-            "config": {"dskd": config.model_dump(mode="json"), "cache": states.cache, "states": states.folder},
+            "config": job_payload(states, config),
             "options": config.training.model_dump(mode="json"),
             "deepspeed": None,
             "seed": SEED,
@@ -152,7 +162,6 @@ def platform_job(states: States, schedule: Schedule, tokens: list[int], workers:
     from tenfold.platform.training.launch import TrainingJob
 
     config = job_config(states, schedule, workers)
-    payload = {"dskd": config.model_dump(mode="json"), "cache": states.cache, "states": states.folder}
     with tempfile.TemporaryDirectory(prefix="tenfold-benchmark-") as folder:
         uri = f"sqlite:///{folder}/mlflow.db"
         tracker = Tracker.start(uri, "benchmark", f"workers-{workers}", spool=Path(folder) / "unsent.jsonl")
@@ -166,7 +175,7 @@ def platform_job(states: States, schedule: Schedule, tokens: list[int], workers:
             tracker,
         )
         called = time.time()
-        context.train(TrainingJob(build_trainer, payload, config.training))
+        context.train(TrainingJob(build_trainer, job_payload(states, config), config.training))
         tracker.finish("FINISHED")
         client = MlflowClient(uri)
         history = client.get_metric_history(tracker.run_id, "train/tokens_per_s")

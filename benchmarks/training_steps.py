@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from losses import PeakMemory
+from tenfold.methods.dskd.collator import TaughtRows, TeachingCollator
 from tenfold.methods.dskd.config import DSKDConfig
-from tenfold.methods.dskd.module import DistillationModule
-from tenfold.methods.dskd.teacher import encode_rows, teacher_dtype, with_teacher
-from tenfold.platform.data.collator import CausalCollator
+from tenfold.methods.dskd.teacher import encode_rows, teacher_dtype
+from tenfold.methods.dskd.trainer import make_module
 from tenfold.platform.data.examples import load_examples
 from tenfold.platform.data.positions import label_positions
+from tenfold.platform.data.shards import ShardedRows
 from tenfold.platform.data.tokenise import tokenised_dataset
 from tenfold.platform.experiment import Compute, load_experiment
 from tenfold.platform.models.heads import head_from_folder
@@ -118,7 +119,7 @@ def teacher_pass(states: States) -> tuple[States, float]:
     """Let the teacher read the training rows once, with this process's threads; return the states and the seconds."""
     config = states.config()
     context: Any = TeacherPass(Storage(states.cache))
-    folder = encode_rows(context, config, list(training_rows(config)), "training")
+    folder = encode_rows(context, config, list(training_rows(config)), "training").folder
     return replace(states, folder=folder), context.seconds
 
 
@@ -146,22 +147,23 @@ class Step:
         self.rows = training_rows(self.options)
         tokenizer = load_tokenizer(self.options.student)
         student = load_causal_lm(self.options.student, seed=SEED, dtype="float32")
+        self.collate = TeachingCollator(tokenizer.pad_token_id, tokenizer.pad_token_id)
         self.teacher: Any = None
         self.head: Tensor | None = None
         if work.teacher == "live":
             self.teacher = load_causal_lm(self.options.teacher, dtype=teacher_dtype(self.options))
             self.teacher.requires_grad_(False)
-            self.collate = CausalCollator(tokenizer.pad_token_id)
         else:
-            self.rows = with_teacher(self.rows, Storage(work.states.cache), work.states.folder, scratch)
+            folder = Storage(work.states.cache).download(work.states.folder, scratch / "teacher")
+            self.rows = TaughtRows(self.rows, None, [ShardedRows(folder)])
             self.head = head_from_folder(resolve(self.options.teacher)).float()
-            self.collate = CausalCollator(tokenizer.pad_token_id, ragged=("teacher_hidden", "teacher_prediction"))
         self.trained: nn.Module = student
         self.loss: Callable[[dict[str, Tensor]], Tensor] = self._naive
         if work.form == "tenfold":
-            self.trained = DistillationModule(
+            self.trained = make_module(
                 student,
                 self.options,
+                "none",
                 num_columns=len(tokenizer),
                 teacher_head=self.head,
                 teacher=self.teacher,
