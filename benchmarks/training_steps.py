@@ -87,10 +87,10 @@ class States:
         return demo_config(objective, f"config.data.max_train_rows={rows}", *more)
 
 
-def demo_config(objective: str, *more: str) -> DSKDConfig:
-    """Return the demo's options with another objective, all of them in float32."""
+def demo_config(objective: str, *more: str, experiment: str = "dskd/demo") -> DSKDConfig:
+    """Return a demo's options with another objective, all of them in float32."""
     overrides = [f"config.objective={objective}", "config.teacher_dtype=float32", "config.training.bf16=false", *more]
-    config = load_experiment("dskd/demo", overrides).config
+    config = load_experiment(experiment, overrides).config
     assert isinstance(config, DSKDConfig)
     return config
 

@@ -143,19 +143,38 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(experiment
     assert f"{tiny_model_folder}: the tokenizer has 512 entries, the model's head only 320 rows" in message
 
 
-@pytest.mark.parametrize("objective", ["kl", "dual_space_v1", "dual_space_v2"])
-def test_two_vocabularies_are_refused_by_every_objective_that_compares_them(
-    experiment, refused, tiny_model_folder, objective
-):
-    experiment["config"] |= {"objective": objective, "teacher": {"model": str(tiny_model_folder)}}
+def test_two_vocabularies_are_refused_by_the_objective_that_needs_one(experiment, refused, tiny_model_folder):
+    experiment["config"] |= {"objective": "kl", "teacher": {"model": str(tiny_model_folder)}}
     message = refused(experiment)
-    assert f"config.objective = {objective}: needs one vocabulary" in message
+    assert "config.objective = kl: needs one vocabulary" in message
     assert "512 entries, the teacher's 320" in message
-    assert "config.objective=sft" in message
+    assert "config.objective=dual_space_v2" in message
 
 
-def test_plain_fine_tuning_takes_a_teacher_of_another_vocabulary(experiment, tmp_path, tenfold, tiny_model_folder):
-    experiment["config"] |= {"objective": "sft", "teacher": {"model": str(tiny_model_folder)}}
+def test_cross_model_attention_on_policy_is_refused(experiment, refused, tiny_model_folder):
+    experiment["config"] |= {"objective": "dual_space_v1", "teacher": {"model": str(tiny_model_folder)}}
+    experiment["config"] |= {"teacher_mode": "live", "on_policy": {}}
+    assert "config.on_policy: cross-model attention needs gold labels" in refused(experiment)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"on_policy": {}}, "use teacher_mode = live"),
+        ({"on_policy": {}, "teacher_mode": "live", "objective": "uld"}, "on_policy works with kl"),
+        ({"cma_std": "batch"}, "use teacher_mode = live"),
+        ({"topk_vocab": 0}, "-1 for all"),
+        ({"test_sets": {"mine": [{"path": "nowhere.json"}]}}, "nowhere.json"),
+    ],
+)
+def test_options_that_do_not_fit_each_other_say_what_would(experiment, refused, option, told):
+    experiment["config"] |= option
+    assert told in refused(experiment)
+
+
+@pytest.mark.parametrize("objective", ["sft", "seqkd", "dual_space_v1", "dual_space_v2", "overlap_kd", "uld", "mined"])
+def test_all_others_take_a_teacher_of_another_vocabulary(experiment, tmp_path, tenfold, tiny_model_folder, objective):
+    experiment["config"] |= {"objective": objective, "teacher": {"model": str(tiny_model_folder)}}
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(experiment))
     code, text = tenfold("run", path, "--plan")

@@ -28,7 +28,8 @@ def find_alignment(config: DSKDConfig) -> Alignment:
         raise ConfigError(
             f"config.objective = {config.objective}: needs one vocabulary; the student's tokenizer has {len(student)} "
             f"entries, the teacher's {len(teacher)}, and they encode differently. Give the student the teacher's "
-            "tokenizer, or use dual_space_v1, dual_space_v2, overlap_kd, uld, mined, seqkd or sft"
+            "tokenizer, or use config.objective=dual_space_v2 (dual_space_v1, overlap_kd, uld, mined, seqkd and sft "
+            "take two as well)"
         )
     if config.on_policy is not None and alignment == "cma":
         raise ConfigError(
