@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tenfold.methods.dskd.config import DSKDConfig
 from tenfold.platform.data.positions import IGNORED
 from tenfold.platform.data.shards import fill_shards, write_shard
+from tenfold.platform.errors import DataError
 from tenfold.platform.models.source import ModelSource
 from tenfold.platform.storage import Storage
 
@@ -80,6 +81,9 @@ def pair_rows(
         examples: the examples that the rows' `index` counts.
         kind: eta or mined.
         tables: folder of `minimum_edit_folder`, for mined.
+
+    Raises:
+        DataError: there is no pair at all.
     """
     from tenfold.platform.models.loading import load_tokenizer, tokenizer_digest
 
@@ -102,6 +106,12 @@ def pair_rows(
     }
     results = fill_shards(context, folder, pair_shard, plain, common)
     pairs, labels, differing = (sum(result[name] for result in results) for name in ("pairs", "labels", "differing"))
+    if not pairs:
+        raise DataError(
+            f"config.objective = {config.objective}: none of the student's {labels} label tokens has a counterpart "
+            "among the teacher's, so there is nothing to compare. Use config.objective=dual_space_v1 or uld, which "
+            "need no equal tokens, or another teacher"
+        )
     found = Pairs(folder, pairs / max(labels, 1), differing)
     logger.info(
         "%s: %.1f %% of the student's labels have a counterpart; %d of %d responses are spelled differently",

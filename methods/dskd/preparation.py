@@ -17,7 +17,9 @@ def find_alignment(config: DSKDConfig) -> Alignment:
 
     Raises:
         ConfigError: the objective needs one vocabulary and there are two.
+        ModelError: tokens are to be aligned by bytes, and a tokenizer does not tell them.
     """
+    from tenfold.methods.dskd.token_bytes import token_bytes
     from tenfold.platform.models.loading import load_tokenizer, same_tokenizer
 
     if not config.needs_teacher:
@@ -31,6 +33,9 @@ def find_alignment(config: DSKDConfig) -> Alignment:
             "tokenizer, or use config.objective=dual_space_v2 (dual_space_v1, overlap_kd, uld, mined, seqkd and sft "
             "take two as well)"
         )
+    if alignment == "eta" and config.eta_mode == "byte_span":
+        for tokenizer in (student, teacher):
+            token_bytes(tokenizer)  # raises for one whose tokens are no bytes
     if config.on_policy is not None and alignment == "cma":
         raise ConfigError(
             "config.on_policy: cross-model attention needs gold labels, which generated text has not; use "

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tenfold.methods.dskd.config import DSKDConfig
-from tenfold.methods.dskd.preparation import prepare
+from tenfold.methods.dskd.pairing import pair_rows
+from tenfold.methods.dskd.preparation import find_alignment, prepare
 from tenfold.methods.dskd.trainer import build_trainer
 from tenfold.platform.data.examples import load_examples
+from tenfold.platform.errors import DataError, ModelError
 from tenfold.platform.models.randomness import seeded
 from tenfold.platform.storage import Storage
 from tenfold.platform.training.options import TrainingOptions
@@ -122,3 +124,24 @@ def test_on_policy_training_compares_on_what_the_student_writes(make, objective,
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     # 8 rows, 4 a step: the second epoch begins with the third step
     assert ["on_policy_" in " ".join(entry) for entry in log] == [False, False, True, True]
+
+
+def test_data_without_any_pair_is_refused_before_training(run):
+    config = options("dual_space_v2")
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2], "index": 0}]
+    theirs = [{"input_ids": [1, 2], "labels": [-100, -100]}]  # its prompt fills the row
+    with pytest.raises(DataError, match="none of the student's 1 label tokens has a counterpart"):
+        pair_rows(run, config, rows, theirs, load_examples(config.data).train, "eta")
+
+
+def test_a_tokenizer_that_does_not_tell_its_bytes_is_refused_by_the_plan(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "[SEP]": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[SEP]", unk_token="[UNK]").save_pretrained(tmp_path)
+    student = {"config": SHAPE, "tokenizer": str(tmp_path)}
+    with pytest.raises(ModelError, match="neither byte-level nor SentencePiece-like"):
+        find_alignment(options("dual_space_v2", student=student))
+    assert find_alignment(options("dual_space_v1", student=student)) == "cma"
