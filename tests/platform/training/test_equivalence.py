@@ -90,7 +90,11 @@ def trained(tmp_path_factory, student):
                 jobs.append(
                     {
                         "build": "tenfold.methods.dskd.trainer:build_trainer",
-                        "config": {"dskd": config.model_dump(mode="json")},
+                        "config": {
+                            "dskd": config.model_dump(mode="json"),
+                            "cache": str(base / "cache"),
+                            "alignment": "none",
+                        },
                         "options": config.training.model_dump(mode="json"),
                         "deepspeed": deepspeed_config("zero2"),
                         "seed": 10,
