@@ -35,6 +35,7 @@ EXECUTED = {
     "tenfold sweep dskd/sweep_objectives": "tests/platform/tuning/test_study.py::"
     "test_a_sweep_stops_poor_trials_early_and_goes_on_after_failures",
     "tenfold sweep dskd/sweep_seeds": HERE + "test_a_plan_starts_nothing",
+    "tenfold sweep dskd/cross_vocabulary": HERE + "test_a_plan_starts_nothing",
     "tenfold compare RUN RUN": HERE + "test_commands_for_runs",
     "tenfold evaluate RUN": HERE + "test_commands_for_runs",
     "tenfold export RUN folder/": HERE + "test_commands_for_runs",
@@ -191,6 +192,7 @@ def test_make_test_runs_all_tests():
         "tenfold run dskd/demo config.objective=kl config.training.max_steps=50 --plan",
         "tenfold sweep dskd/sweep_objectives --plan",
         "tenfold sweep dskd/sweep_seeds --plan",
+        "tenfold sweep dskd/cross_vocabulary --plan",
     ],
 )
 def test_a_plan_starts_nothing(shell, tmp_path, command):
