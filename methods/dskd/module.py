@@ -159,21 +159,22 @@ class DistillationModule(TrainedModule):
             **teaching: `teacher_hidden` [M, D] and `teacher_prediction` [M] with a cached teacher; `teacher_labels`,
                 `teacher_input_ids`, `teacher_attention_mask` [B, m] with another tokenizer; pairs of positions.
         """
-        head = self.exported.get_output_embeddings().weight
-        student = self._read_student(input_ids, attention_mask, labels, head)
+        student = self._read_student(input_ids, attention_mask, labels)
         if not self.training:
             return self._evaluation(student)
         items = self._items(student, num_items_in_batch)
         if not self._options.needs_teacher:
-            loss = objective.sft(student.rows, head, student.targets, items, self._settings.chunk)
+            loss = objective.sft(student.rows, student.head, student.targets, items, self._settings.chunk)
         elif generated is None:
             loss = self._taught(student, attention_mask, teaching, items, self._settings)
         else:
             loss = self._on_policy(student, items, generated)
         return {"loss": loss.total, "statistics": loss.parts}
 
-    def _read_student(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, head: Tensor) -> Reading:
+    def _read_student(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Reading:
         states = final_hidden(self.exported, input_ids, attention_mask)
+        # after the pass: under ZeRO-3 that gives back what a tied embedding shares with the head
+        head = self.exported.get_output_embeddings().weight
         return Reading(states, states[label_positions(labels)], head, input_ids, labels, next_labels(labels))
 
     @staticmethod
@@ -216,7 +217,7 @@ class DistillationModule(TrainedModule):
         ids, mask, labels = (batch.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         own_items = self._items(student, batch.pop("num_items"))
         ce = objective.sft(student.rows, student.head, student.targets, items, self._settings.chunk)
-        read = replace(self._read_student(ids, mask, labels, student.head), is_generated=True)
+        read = replace(self._read_student(ids, mask, labels), is_generated=True)
         kd = self._taught(read, mask, batch, own_items, replace(self._settings, kd_rate=1.0))
         parts = {f"on_policy_{name}": part for name, part in kd.parts.items() if name != "ce"}
         return objective.Loss((1 - alpha) * ce.total + alpha * kd.total, ce.parts | parts)
