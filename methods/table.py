@@ -2,4 +2,5 @@
 
 METHODS = {
     "dskd": "tenfold.methods.dskd.method:DSKD",
+    "gates": "tenfold.methods.gates.method:GATES",
 }
