@@ -95,6 +95,7 @@ class RunContext:
         flavor: str,
         metrics: Mapping[str, float],
         parents: Sequence[Parent],
+        files: Sequence[str] | None = None,
     ) -> str:
         """Turn a checkpoint folder of this run into a model folder with a manifest, and tell MLflow where it is.
 
@@ -104,6 +105,7 @@ class RunContext:
             flavor: what kind of model it is, e.g. causal-lm.
             metrics: kept in the manifest.
             parents: models and data that it was made from.
+            files: names of the files that make the model; default: those of a Hugging Face folder.
 
         Returns:
             The model's folder relative to the run's storage.
@@ -118,7 +120,7 @@ class RunContext:
             source = self.storage.download(checkpoint, Path(scratch) / "checkpoint")
             folder = Path(scratch) / "model"
             folder.mkdir()
-            for path in model_files(source):
+            for path in model_files(source) if files is None else [source / name for name in files]:
                 shutil.copyfile(path, folder / path.name)
             write_manifest(
                 folder,

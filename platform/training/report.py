@@ -162,11 +162,11 @@ class ReportCallback(TrainerCallback):
         done, since = state.global_step - self._start[0], time.monotonic() - self._start[1]
         left = (state.max_steps - state.global_step) * since / max(done, 1)
         logger.info(
-            "step %d/%d loss %.4f lr %.2e %.0f tokens/s, about %d:%02d left",
+            "step %d/%d loss %.4f lr %.2e%s, about %d:%02d left",
             state.global_step,
             state.max_steps,
             metrics["train/loss"],
             metrics.get("train/lr", math.nan),
-            metrics.get("train/tokens_per_s", math.nan),
+            f" {metrics['train/tokens_per_s']:.0f} tokens/s" if "train/tokens_per_s" in metrics else "",
             *divmod(int(left), 60),
         )

@@ -200,3 +200,45 @@ def _draw_option(axis: Axes, result: SweepResult, key: str, name: str, colours: 
         axis.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
         axis.margins(x=0.2)
     axis.set(xlabel=name, title=f"final {result.sweep.metric}")
+
+
+def heat_map(result: SweepResult) -> Figure | None:
+    """Draw the mean of the optimised metric over the first two grids of a sweep, +- its deviation over the rest.
+
+    Returns:
+        None where fewer than two options besides the seed have a grid.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as PlainFigure
+
+    space = result.sweep.space
+    keys = [key for key in space if key != "seed" and space[key].grid is not None][:2]
+    if len(keys) < 2:
+        return None
+    rows, columns = ([show(value) for value in space[key].grid or ()] for key in keys)
+    cells: dict[tuple[str, str], list[float]] = {}
+    for trial in result.trials:
+        if math.isfinite(trial.value):
+            cells.setdefault((show(trial.values[keys[0]]), show(trial.values[keys[1]])), []).append(trial.value)
+    means = [
+        [statistics.fmean(cells[row, column]) if (row, column) in cells else math.nan for column in columns]
+        for row in rows
+    ]
+    drawn = PlainFigure(figsize=(3.5 + 1.25 * len(columns), 1.8 + 0.45 * len(rows)), layout="constrained")
+    FigureCanvasAgg(drawn)
+    axis = drawn.subplots()
+    image = axis.imshow(means, cmap="viridis", aspect="auto")
+    low, high = image.get_clim()
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            values = cells.get((row, column), [])
+            if values:
+                spread = f" \u00b1 {statistics.stdev(values):.3g}" if len(values) > 1 else ""
+                dark = means[i][j] < (low + high) / 2
+                axis.text(j, i, f"{means[i][j]:.3g}{spread}", ha="center", va="center", color="w" if dark else "k")
+    names = short_names(keys)
+    axis.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel=names[keys[1]], ylabel=names[keys[0]], title=f"{result.sweep_id}: {result.sweep.metric}")
+    drawn.colorbar(image, ax=axis)
+    return drawn

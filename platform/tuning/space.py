@@ -123,5 +123,9 @@ def label(values: Mapping[str, Any], sweep: Sweep) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as tables and plots show it."""
+    """Return a value as tables and plots show it: of a list with one item the item, of a path the last part."""
+    if isinstance(value, list) and len(value) == 1:
+        return show(value[0])
+    if isinstance(value, str):
+        return value.rstrip("/").rpartition("/")[2] or value
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -30,7 +30,7 @@ from tenfold.platform.run import (
 from tenfold.platform.run import STATE as RUN_STATE
 from tenfold.platform.storage import Storage
 from tenfold.platform.tracking import Status, Tracker, absolute_uri
-from tenfold.platform.tuning.results import SweepResult, collect, figure, table_csv
+from tenfold.platform.tuning.results import SweepResult, collect, figure, heat_map, table_csv
 from tenfold.platform.tuning.space import check_space, label, show, trial_count, tune_space, with_values
 from tenfold.platform.tuning.trial import TrialReports, keep_error, run_trial, trial_run_id
 
@@ -221,6 +221,9 @@ class _Study:
         tracker.log_text(csv, "results.csv")
         if any(trial.reports for trial in result.trials):
             tracker.log_figure("sweep.png", figure(result))
+        by_grid = heat_map(result)
+        if by_grid is not None:
+            tracker.log_figure("heat_map.png", by_grid)
         best = result.best
         if best is not None:
             tracker.log_metrics({f"best/{result.sweep.metric}": best.value})
