@@ -116,12 +116,12 @@ def export(
     folder: Annotated[Path, typer.Argument(help="new or empty folder")],
     storage: StoragePlace = "runs",
 ) -> None:
-    """Write a run's model to a plain Hugging Face folder, digests checked."""
+    """Write a run's model to a folder of its own (a plain Hugging Face folder where it is one), digests checked."""
     from tenfold.platform.models.export import export_model
     from tenfold.platform.run import find_run
 
     export_model(find_run(run, storage).model_folder, folder)
-    typer.echo(f"{folder}: verified; load it with transformers' AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    typer.echo(f"{folder}: verified; its README.md says how to load it")
 
 
 @app.command()

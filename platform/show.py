@@ -78,9 +78,15 @@ def result(finished: RunResult, tracking_uri: str) -> None:
     if finished.outcome.model:
         console.print(f"model          {finished.uri}/{finished.outcome.model}", soft_wrap=True)
     console.print(f"in MLflow      mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
-    console.print(
-        f"next           tenfold evaluate {finished.run_id}; tenfold serve {finished.run_id}", soft_wrap=True
-    )
+    if finished.outcome.model:
+        from tenfold.platform.models.export import HUGGING_FACE_FLAVORS
+        from tenfold.platform.models.manifest import MANIFEST_NAME
+        from tenfold.platform.storage import Storage
+
+        run, model = finished.run_id, f"{finished.outcome.model}/{MANIFEST_NAME}"
+        flavor = json.loads(Storage(finished.uri).read_text(model))["flavor"]
+        served = f"; tenfold serve {run}" if flavor in HUGGING_FACE_FLAVORS else ""
+        console.print(f"next           tenfold evaluate {run}; tenfold export {run} folder/{served}", soft_wrap=True)
 
 
 def sweep(found: SweepResult, tracking_uri: str) -> None:

@@ -20,14 +20,17 @@ class KeyRing:
     def __init__(self, keys: Iterable[str] | None) -> None:
         self._digests = None if keys is None else [_digest(key) for key in keys]
 
-    def check(self, authorization: str | None) -> None:
+    def check(self, authorization: str | None) -> str | None:
         """Compare an Authorization header with all keys, in a time that says nothing about them.
+
+        Returns:
+            A name for the holder of the key that does not give it away; None where everyone is accepted.
 
         Raises:
             ApiError: 401.
         """
         if self._digests is None:
-            return
+            return None
         scheme, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip())
         # No early end: every key is compared.
@@ -40,6 +43,7 @@ class KeyRing:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return hashlib.sha256(b"client:" + given).hexdigest()[:16]
 
 
 def _digest(key: str) -> bytes:
@@ -53,23 +57,33 @@ async def read_json(request: Request, max_bytes: int) -> Any:
     Raises:
         ApiError: 413 for a longer body, 400 for one that is not JSON.
     """
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > max_bytes:
-        raise _too_long(int(length), max_bytes)
+    check_announced_length(request, max_bytes, "limits.max_body_bytes")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            raise _too_long(len(body), max_bytes)
+            raise too_long(len(body), max_bytes, "limits.max_body_bytes")
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
 
 
-def _too_long(length: int, max_bytes: int) -> ApiError:
+def check_announced_length(request: Request, max_bytes: int, option: str) -> None:
+    """Refuse a body whose Content-Length is too large before any of it is read.
+
+    Raises:
+        ApiError: 413.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length) > max_bytes:
+        raise too_long(int(length), max_bytes, option)
+
+
+def too_long(length: int, max_bytes: int, option: str) -> ApiError:
+    """Return the answer to a body of `length` bytes or more where the server's option allows `max_bytes`."""
     return ApiError(
         413,
-        f"the body has {length} bytes or more, this server takes {max_bytes} (limits.max_body_bytes); send less",
+        f"the body has {length} bytes or more, this server takes {max_bytes} ({option}); send less",
         code="request_too_large",
     )

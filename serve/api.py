@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 from tenfold.serve.engine import EngineError
-from tenfold.serve.errors import ApiError, of_status
+from tenfold.serve.error_handlers import add_error_handlers
 from tenfold.serve.service import LanguageService
-
-logger = logging.getLogger(__name__)
 
 
 def create_app(service: LanguageService) -> FastAPI:
@@ -29,7 +25,7 @@ def create_app(service: LanguageService) -> FastAPI:
 
     # No generated documentation: the interface is OpenAI's, and requests are checked by tenfold.serve.schemas.
     app = FastAPI(title="tenfold", lifespan=lifespan, openapi_url=None)
-    _add_error_handlers(app)
+    add_error_handlers(app)
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -59,19 +55,3 @@ def create_app(service: LanguageService) -> FastAPI:
         return await service.respond(request, "chat")
 
     return app
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def known(_: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-    @app.exception_handler(HTTPException)
-    async def framework(request: Request, error: HTTPException) -> Response:
-        detail = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse(of_status(error.status_code, detail).body, error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unknown(request: Request, error: Exception) -> Response:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return JSONResponse(of_status(500, "the server failed; its log says why").body, 500)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.experiment import StrictModel
 from tenfold.platform.models.source import REFERENCE_FORMS, ModelSource
+from tenfold.platform.paths import expanded
 from tenfold.platform.validation import validate_all
 
 
@@ -72,7 +72,7 @@ class ApiKeys(StrictModel):
         else:
             place = f"api_keys.file = {self.file!r}"
             try:
-                lines = Path(str(self.file)).expanduser().read_text(encoding="utf-8").splitlines()
+                lines = expanded(str(self.file)).read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{place}: cannot be read: {error}") from error
             found = [line.partition("#")[0].strip() for line in lines]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 SERVER_ERROR = 500
+
+
+class FieldError(NamedTuple):
+    """One field of a request that cannot be used, and what to do."""
+
+    field: str
+    message: str
 
 
 class ApiError(Exception):
@@ -19,6 +26,7 @@ class ApiError(Exception):
         param: the field of the request that is wrong.
         code: a word for programs.
         headers: of the answer.
+        errors: all fields that are wrong, where there may be several.
     """
 
     def __init__(
@@ -29,23 +37,27 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        errors: Sequence[FieldError] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        self.errors = tuple(errors)
 
     @property
     def body(self) -> dict[str, Any]:
         """The JSON to send."""
         default = "server_error" if self.status >= SERVER_ERROR else "invalid_request_error"
-        error = {
+        error: dict[str, Any] = {
             "message": str(self),
             "type": TYPES.get(self.status, default),
             "param": self.param,
             "code": self.code,
         }
+        if self.errors:
+            error["errors"] = [problem._asdict() for problem in self.errors]
         return {"error": error}
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 from tenfold.platform.errors import ClusterError, TenfoldError
+from tenfold.platform.paths import expanded
 from tenfold.serve.config import Replicas, ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -159,14 +159,14 @@ def _with_fixed_places(config: ServeConfig) -> ServeConfig:
         if config.engine == "transformers":
             max_context(model, AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code))
         changes: dict[str, Any] = {"model": str(folder.absolute())}
-        if model.tokenizer is not None and Path(model.tokenizer).expanduser().exists():
-            changes["tokenizer"] = str(Path(model.tokenizer).expanduser().absolute())
+        if model.tokenizer is not None and expanded(model.tokenizer).exists():
+            changes["tokenizer"] = str(expanded(model.tokenizer).absolute())
         # They have been compared by now, and a converted file's digest is not that of its folder.
         changes |= {name: None for name in ("sha256", "revision") if getattr(model, name) is not None}
         models.append(model.model_copy(update=changes))
     update: dict[str, Any] = {"models": models}
     if config.api_keys is not None and config.api_keys.file is not None:
-        place = str(Path(config.api_keys.file).expanduser().absolute())
+        place = str(expanded(config.api_keys.file).absolute())
         update["api_keys"] = config.api_keys.model_copy(update={"file": place})
     return config.model_copy(update=update)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -194,6 +195,8 @@ def fit(
         sections: [N] numbers, or None.
         progress: called after every epoch with epoch, epochs, loss; what it raises stops the training and passes.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, looks for one
     from tenfold.methods.gates.trainer import SpatialTrainer, local_arguments
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

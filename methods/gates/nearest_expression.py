@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 Similarity = Literal["cosine", "euclidean", "pearson"]
 
 BLOCK_ROWS = 2048
-SPARE = 10  # candidates beyond k: rounding in float32 may swap neighbours, and does between copies of one cell
-STEPS = 2.0**19  # similarities (1 at most) that differ by less than a step are equal when candidates are chosen
+SPARE = 10  # candidates beyond k: similarities within a step of each other are equal when they are chosen
+STEPS = 2.0**17  # a step is more than the rounding of products, up to 2e-6 for similarities up to 1
 TINY = 1e-30
 PAIR_VALUES = 8_000_000  # values of rows that are compared at once
 
@@ -103,7 +103,6 @@ def _vectors(rows: csr_matrix, similarity: Similarity, shift: np.ndarray, scale:
         return dense
     if similarity == "pearson":
         dense -= dense.mean(axis=1, keepdims=True, dtype=np.float64)
-    # A length that is off by 1e-7 would move all similarities of the cell, and copies would fall on two steps.
     squares = np.einsum("ij,ij->i", dense, dense, dtype=np.float64)
     dense /= np.sqrt(np.maximum(squares, TINY))[:, None]
     return dense

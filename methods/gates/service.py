@@ -129,9 +129,11 @@ class GATESAnalyser:
         elif color in known:
             raise DataError(f"color: there is no {color} in these results; there are {', '.join(there)} and genes")
         else:
-            name = color if color in adata.obs else f"gene {color}"
-            if color not in adata.obs:
+            name = f"gene {color}"
+            try:
                 adata.obs[name] = self.gene(folder, color)
+            except DataError as error:
+                raise DataError(str(error).replace("gene:", "color:", 1)) from error
         drawn = pl.spatial(adata, name, spatial_key=str(adata.uns["gates"]["spatial_key"]), size=size)
         stream = io.BytesIO()
         drawn.savefig(stream, format="png", dpi=dpi)
@@ -175,7 +177,9 @@ def _options(params: Mapping[str, Any]) -> GATESOptions:
     try:
         return tl.make_options(nested, {})
     except ConfigError as error:
-        raise DataError("\n".join(f"params: {line}" for line in str(error).splitlines())) from error
+        raise DataError(
+            "\n".join(line if " = " in line.split(":")[0] else f"params: {line}" for line in str(error).splitlines())
+        ) from error
 
 
 def _section(files: Mapping[str, Path], params: Mapping[str, Any]) -> Section:
@@ -199,6 +203,7 @@ def _write_view(adata: AnnData, spatial_key: str, path: Path) -> None:
         "x": where[:, 0].astype(np.float32),
         "y": where[:, 1].astype(np.float32),
         "domain": _codes(adata, "gates_domain"),
+        "y_up": np.bool_("spatial" not in adata.uns),  # rows of an image count downwards
         "probability": np.nan_to_num(adata.obs["gates_domain_prob"].to_numpy(dtype=np.float32)),
     }
     if "gates_domain_refined" in adata.obs:

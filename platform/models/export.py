@@ -11,6 +11,7 @@ from tenfold.platform.models.configuration import read_config
 from tenfold.platform.models.folder import check_new, fetch_folder, model_files, new_folder
 from tenfold.platform.models.manifest import Manifest, verify_manifest, write_manifest
 from tenfold.platform.models.references import resolve
+from tenfold.platform.paths import expanded
 
 CARD = "README.md"
 # Kinds of models that transformers loads from a folder.
@@ -18,10 +19,11 @@ HUGGING_FACE_FLAVORS = ("causal-lm", "moe-causal-lm", "seq2seq")
 
 
 def export_model(source: str | Path, target: Path) -> Path:
-    """Copy a model folder to a new place: only what `from_pretrained` needs, a model card, and a manifest.
+    """Copy a model folder to a new place: what loads it, a model card, and a manifest.
 
-    The source is compared with its manifest before, the copy with its own afterwards, and configuration and tokenizer
-    of the copy are loaded. The digest of the model stays the same.
+    The source is compared with its manifest before, the copy with its own afterwards. Of a Hugging Face folder only
+    what `from_pretrained` needs is taken, and configuration and tokenizer of the copy are loaded. The digest of the
+    model stays the same.
 
     Args:
         source: a model reference, or the URI of a model folder in storage.
@@ -31,20 +33,16 @@ def export_model(source: str | Path, target: Path) -> Path:
         The target, absolute.
 
     Raises:
-        ModelError: the target has content or cannot be written; the source has no manifest, is damaged, or is of a
-            kind that is no Hugging Face folder.
+        ModelError: the target has content or cannot be written; the source has no manifest or is damaged.
     """
-    target = target.expanduser().absolute()
+    target = expanded(target).absolute()
     check_new(target)
     with tempfile.TemporaryDirectory(prefix="tenfold-export-") as scratch:
         folder = _fetch(str(source), Path(scratch))
         manifest = verify_manifest(folder)
-        if manifest.flavor not in HUGGING_FACE_FLAVORS:
-            raise ModelError(
-                f"{source}: is a {manifest.flavor}; only {', '.join(HUGGING_FACE_FLAVORS)} are Hugging Face folders. "
-                f"Use the export of its method, {manifest.method}"
-            )
-        files = model_files(folder)
+        files = [folder / name for name in manifest.files]
+        if manifest.flavor in HUGGING_FACE_FLAVORS:
+            files = model_files(folder)
         unknown = [path.name for path in files if path.name not in manifest.files]
         if unknown:
             raise ModelError(
@@ -91,6 +89,8 @@ def _check_copy(copy: Path, original: Manifest) -> None:
     differing = [name for name in written.files if name != CARD and written.files[name] != original.files[name]]
     if differing:
         raise ModelError(f"{copy}: {differing[0]} was not copied as it is. Check the disk and try again")
+    if original.flavor not in HUGGING_FACE_FLAVORS:
+        return
     read_config(copy)
     try:
         AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
@@ -106,10 +106,9 @@ def model_card(manifest: Manifest) -> str:
     ]
     metrics = [f"| {name} | {value:.6g} |" for name, value in sorted(manifest.metrics.items())]
     table = ["| metric | value |", "|---|---|", *metrics] if metrics else ["None recorded."]
-    loader = "AutoModelForSeq2SeqLM" if manifest.flavor == "seq2seq" else "AutoModelForCausalLM"
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'transformers' if manifest.flavor in HUGGING_FACE_FLAVORS else 'tenfold'}",
         f"tags: [tenfold, {manifest.method}]",
         "---",
         "",
@@ -127,14 +126,24 @@ def model_card(manifest: Manifest) -> str:
         "",
         "## Use",
         "",
+        *_use(manifest),
+        "",
+        f"`tenfold.json` has the sha256 of every file. Digest of the model: `{manifest.digest}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _use(manifest: Manifest) -> list[str]:
+    if manifest.flavor not in HUGGING_FACE_FLAVORS:
+        how = f"`tenfold methods {manifest.method}` says how."
+        return [f"The method `{manifest.method}` of tenfold loads this folder; {how}"]
+    loader = "AutoModelForSeq2SeqLM" if manifest.flavor == "seq2seq" else "AutoModelForCausalLM"
+    return [
         "```python",
         f"from transformers import {loader}, AutoTokenizer",
         "",
         f'model = {loader}.from_pretrained("FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         "```",
-        "",
-        f"`tenfold.json` has the sha256 of every file. Digest of the model: `{manifest.digest}`.",
-        "",
     ]
-    return "\n".join(lines)

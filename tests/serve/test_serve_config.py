@@ -101,7 +101,7 @@ def test_the_shipped_serve_file_is_valid_for_serve_and_for_us():
 
     file = Path(__file__).parents[2] / "serve" / "serve.yaml"
     schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
-    (application,) = schema.applications
+    (application,) = [found for found in schema.applications if found.route_prefix == "/"]
     assert application.import_path == "tenfold.serve.app:build"
     assert schema.http_options.host == "127.0.0.1"
     assert parse_config(application.args).models[0].model == "sample:models/stories260K"

@@ -311,8 +311,14 @@ def test_a_model_without_a_loadable_tokenizer_is_not_exported(saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
 
 
-def test_a_kind_of_model_that_transformers_does_not_load_is_not_exported(tmp_path):
-    (tmp_path / "delta.safetensors").write_bytes(b"x")
-    write_manifest(tmp_path, flavor="edit-delta", method="ocean", name="n")
-    with pytest.raises(ModelError, match=r"is a edit-delta; only causal-lm.* Use the export of its method, ocean"):
-        export_model(tmp_path, tmp_path.parent / "target-of-delta")
+def test_a_kind_of_model_that_transformers_does_not_load_is_copied_as_it_is(tmp_path):
+    source = tmp_path / "delta"
+    source.mkdir()
+    (source / "delta.safetensors").write_bytes(b"x")
+    write_manifest(source, flavor="edit-delta", method="ocean", name="n")
+    copy = export_model(source, tmp_path / "target")
+    assert (copy / "delta.safetensors").read_bytes() == b"x"
+    assert verify_manifest(copy).digest == read_manifest(source).digest
+    card = (copy / "README.md").read_text()
+    assert "tenfold methods ocean" in card
+    assert "from_pretrained" not in card
