@@ -59,6 +59,8 @@ def _sentence(model: type[BaseModel], data: Any, detail: Any, prefix: str) -> st
     if detail["type"] == "missing":
         return f"{key}: missing; {_describe(model, location)}"
     message = detail["msg"].removeprefix("Value error, ")
+    if not location and detail["type"] == "value_error":
+        return f"{prefix}: {message}" if prefix else message  # about several options, which the message names
     return f"{key} = {_value(data, location)!r}: {message}; {_describe(model, location)}".removesuffix("; ")
 
 

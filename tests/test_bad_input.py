@@ -151,12 +151,6 @@ def test_two_vocabularies_are_refused_by_the_objective_that_needs_one(experiment
     assert "config.objective=dual_space_v2" in message
 
 
-def test_cross_model_attention_on_policy_is_refused(experiment, refused, tiny_model_folder):
-    experiment["config"] |= {"objective": "dual_space_v1", "teacher": {"model": str(tiny_model_folder)}}
-    experiment["config"] |= {"teacher_mode": "live", "on_policy": {}}
-    assert "config.on_policy: cross-model attention needs gold labels" in refused(experiment)
-
-
 @pytest.mark.parametrize(
     ("option", "told"),
     [

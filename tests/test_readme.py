@@ -36,6 +36,10 @@ EXECUTED = {
     "test_a_sweep_stops_poor_trials_early_and_goes_on_after_failures",
     "tenfold sweep dskd/sweep_seeds": HERE + "test_a_plan_starts_nothing",
     "tenfold sweep dskd/cross_vocabulary": HERE + "test_a_plan_starts_nothing",
+    "tenfold run gates/demo": HERE + "test_a_section_is_analysed_and_exported",
+    "tenfold sweep gates/compare": HERE + "test_a_plan_starts_nothing",
+    "tenfold sweep gates/fusion": HERE + "test_a_plan_starts_nothing",
+    "serve run serve/serve.yaml": HERE + "test_the_configuration_file_serves_models_and_sections",
     "tenfold compare RUN RUN": HERE + "test_commands_for_runs",
     "tenfold evaluate RUN": HERE + "test_commands_for_runs",
     "tenfold export RUN folder/": HERE + "test_commands_for_runs",
@@ -193,6 +197,8 @@ def test_make_test_runs_all_tests():
         "tenfold sweep dskd/sweep_objectives --plan",
         "tenfold sweep dskd/sweep_seeds --plan",
         "tenfold sweep dskd/cross_vocabulary --plan",
+        "tenfold sweep gates/compare --plan",
+        "tenfold sweep gates/fusion --plan",
     ],
 )
 def test_a_plan_starts_nothing(shell, tmp_path, command):
@@ -268,6 +274,19 @@ def test_commands_for_runs(demo, shell, folder):
 
 @pytest.mark.slow
 @pytest.mark.ray
+def test_a_section_is_analysed_and_exported(shell, tmp_path):
+    few = "config.sections=[{path: 'synthetic:200', labels: domain}]"
+    assert "eval/ari" in shell("tenfold run gates/demo", few, "config.epochs=2", cwd=tmp_path)
+    [run] = [path.parent.name for path in (tmp_path / "runs").glob("*/run.json")]
+    assert "eval/ari" in shell(f"tenfold evaluate {run}", cwd=tmp_path)
+    assert "verified" in shell(f"tenfold export {run} folder/", cwd=tmp_path)
+    assert {"clusters.npz", "model.safetensors", "gates.json"} <= {
+        path.name for path in (tmp_path / "folder").iterdir()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_served_run_answers_over_http(demo, folder, env, free_port):
     run, port = demo[0], free_port()
     with server(f"tenfold serve {run} --port {port}", f"http://127.0.0.1:{port}/v1/models", folder, env) as page:
@@ -280,3 +299,16 @@ def test_a_served_run_answers_over_http(demo, folder, env, free_port):
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.loads(answer.read())["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_configuration_file_serves_models_and_sections(folder, env, free_port):
+    port, text = free_port(), (REPOSITORY / "serve" / "serve.yaml").read_text(encoding="utf-8")
+    # the file as it is, but for a port that is free and a storage that goes away
+    text = text.replace("port: 8000", f"port: {port}").replace("~/.tenfold/spatial", str(folder / "sections"))
+    (folder / "serve.yaml").write_text(text, encoding="utf-8")
+    with server("serve run serve.yaml", f"http://127.0.0.1:{port}/spatial/", folder, env) as page:
+        assert "Tissue domains" in page
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
+            assert [model["id"] for model in json.load(answer)["data"]] == ["stories"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tenfold.methods.gates.baselines import pca_embedding, spatial_pca_embedding
 from tenfold.methods.gates.config import NETWORKS, Clustering, GATESOptions
 from tenfold.methods.gates.domains import Domains, find_domains, relabel
-from tenfold.methods.gates.fit import Fitted, fit
+from tenfold.methods.gates.fit import Fitted, fit, recipe
 from tenfold.methods.gates.graph import Graph
 from tenfold.methods.gates.preparing import Prepared
 from tenfold.methods.gates.refinement import refine
@@ -215,6 +215,7 @@ def write(
             "params": {
                 **config.model_dump(mode="json", exclude={"sections"}),
                 "alpha": config.fusion_weight,
+                **trained_with(config),
                 "seed": seed,
             },
             "genes": np.array(prepared.genes),
@@ -226,6 +227,11 @@ def write(
             "versions": _versions(),
         }
     )
+
+
+def trained_with(config: GATESOptions) -> dict[str, Any]:
+    """Return the values that a method trained with, its own defaults included."""
+    return asdict(recipe(config)) if config.method in NETWORKS else {}
 
 
 def _spread(graph: Graph, kept: np.ndarray) -> Any:

@@ -10,6 +10,7 @@ from tenfold.platform.experiment import StrictModel
 MethodName = Literal[
     "gates", "stagate", "stagate_pyg", "pca_gmm", "pca_leiden", "spatial_pca", "spagcn", "precomputed"
 ]
+DEFAULT_ALPHA = 0.01  # the only one above 0 in the published scripts
 NETWORKS = ("gates", "stagate", "stagate_pyg")  # the methods that train the attention auto-encoder
 
 
@@ -121,7 +122,9 @@ class GATESOptions(StrictModel):
         0.2, gt=0, description="of the clustering that prunes the spatial graph (GATES: 0.2)"
     )
     pre_labels: str | None = Field(None, description="column of obs that prunes the spatial graph instead")
-    alpha: float = Field(0.01, ge=0, le=1, description="weight of the second graph (GATES scripts: 0.01; 0 = STAGATE)")
+    alpha: float | None = Field(
+        None, ge=0, le=1, description="weight of the second graph; default 0.01 (GATES scripts), 0 for stagate methods"
+    )
     hidden_dims: list[Annotated[int, Field(ge=1)]] = Field(
         [512, 30], min_length=2, description="widths of the encoder (GATES: [512, 30])"
     )
@@ -129,13 +132,17 @@ class GATESOptions(StrictModel):
     smooth_input: int = Field(
         0, ge=0, description="rounds of averaging the expression over spatial neighbours before the network (ours)"
     )
-    loss: Literal["frobenius", "mse"] = Field("frobenius", description="(GATES: frobenius; stagate_pyg: mse)")
+    loss: Literal["frobenius", "mse"] | None = Field(
+        None, description="default frobenius (GATES), for stagate_pyg mse"
+    )
     weight_decay: float = Field(1e-4, ge=0, description="lambda of the penalty lambda/2 |W|^2 (GATES: 1e-4)")
     weight_decay_scope: Literal["all", "last"] = Field(
         "all", description="matrices that are penalised; last: as the official code does"
     )
-    epochs: int = Field(500, ge=1, description="passes over the whole graph (GATES: 500)")
-    learning_rate: float = Field(1e-4, gt=0, description="of Adam (GATES: 1e-4)")
+    epochs: int | None = Field(
+        None, ge=1, description="passes over the whole graph; default 500 (GATES), for stagate_pyg 1000"
+    )
+    learning_rate: float | None = Field(None, gt=0, description="of Adam; default 1e-4 (GATES), for stagate_pyg 1e-3")
     max_grad_norm: float = Field(5.0, gt=0, description="clip the global gradient norm to this (GATES: 5)")
     save_steps: int = Field(100, ge=1, description="steps between checkpoints of a run")
     tile_cells: int | None = Field(
@@ -154,7 +161,7 @@ class GATESOptions(StrictModel):
     def _options_fit_the_method(self) -> GATESOptions:
         if (self.method == "precomputed") != (self.precomputed_key is not None):
             raise ValueError("method precomputed needs precomputed_key, and only that method reads it")
-        if self.method in ("stagate", "stagate_pyg") and "alpha" in self.model_fields_set and self.alpha != 0:
+        if self.method in ("stagate", "stagate_pyg") and self.alpha:
             raise ValueError(
                 f"alpha = {self.alpha}: {self.method} has one graph; leave alpha out, or use method gates"
             )
@@ -163,7 +170,9 @@ class GATESOptions(StrictModel):
     @property
     def fusion_weight(self) -> float:
         """Alpha of the network that is trained: 0 for the STAGATE methods."""
-        return self.alpha if self.method == "gates" else 0.0
+        if self.method != "gates":
+            return 0.0
+        return DEFAULT_ALPHA if self.alpha is None else self.alpha
 
 
 class GATESConfig(GATESOptions):

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 Graphs = tuple[Graph, Graph | None]
 
-# What STAGATE's PyTorch port does otherwise (6.2); its initialisation and its decay are in `shape_of` and the Trainer.
-STAGATE_PYG = {"epochs": 1000, "learning_rate": 1e-3, "loss": "mse"}
 BLOCK_ROWS = 2048  # rows of a reconstruction that exist at once
 
 
@@ -53,12 +51,27 @@ class Fitted:
     seconds: float
 
 
-def recipe(config: GATESOptions) -> GATESOptions:
-    """Return the options with the method's own values where the user gave none (6.2)."""
-    if config.method != "stagate_pyg":
-        return config
-    own = {name: value for name, value in STAGATE_PYG.items() if name not in config.model_fields_set}
-    return config.model_copy(update=own)
+@dataclass(frozen=True)
+class Recipe:
+    """What a method trains with where the user left it open."""
+
+    epochs: int
+    learning_rate: float
+    loss: str
+
+
+RECIPES = {
+    "gates": Recipe(500, 1e-4, "frobenius"),
+    "stagate": Recipe(500, 1e-4, "frobenius"),
+    # the PyTorch port; its initialisation and its decay are in `shape_of` and the Trainer (6.2)
+    "stagate_pyg": Recipe(1000, 1e-3, "mse"),
+}
+
+
+def recipe(config: GATESOptions) -> Recipe:
+    """Return the user's values, with the method's own where there are none (4, 6.2)."""
+    given = {name: getattr(config, name) for name in ("epochs", "learning_rate", "loss")}
+    return replace(RECIPES[config.method], **{name: value for name, value in given.items() if value is not None})
 
 
 def shape_of(config: GATESOptions, num_genes: int) -> Shape:
@@ -76,11 +89,11 @@ def training_options(config: GATESOptions) -> TrainingOptions:
         per_device_eval_batch_size=1,
         learning_rate=used.learning_rate,
         lr_scheduler_type="constant",
-        max_grad_norm=used.max_grad_norm,
+        max_grad_norm=config.max_grad_norm,
         logging_steps=10,
         eval_strategy="no",
         save_strategy="steps",
-        save_steps=used.save_steps,
+        save_steps=config.save_steps,
         metric_for_best="eval/reconstruction_error",
     )
 
@@ -169,8 +182,8 @@ def make_module(source: TileSource, config: GATESOptions, shape: Shape, num_cell
     """Return what is trained."""
     used = recipe(config)
     # STAGATE's port lets Adam decay all parameters instead
-    decay = 0.0 if config.method == "stagate_pyg" else used.weight_decay
-    objective = Objective(used.loss, decay, used.weight_decay_scope, num_cells, shape.num_genes)
+    decay = 0.0 if config.method == "stagate_pyg" else config.weight_decay
+    objective = Objective(used.loss, decay, config.weight_decay_scope, num_cells, shape.num_genes)
     return SpatialModule(AutoEncoder(shape, seed), objective, source)
 
 

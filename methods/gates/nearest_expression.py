@@ -18,7 +18,7 @@ BLOCK_ROWS = 2048
 SPARE = 10  # candidates beyond k: similarities within a step of each other are equal when they are chosen
 STEPS = 2.0**17  # a step is more than the rounding of products, up to 2e-6 for similarities up to 1
 TINY = 1e-30
-PAIR_VALUES = 8_000_000  # values of rows that are compared at once
+PAIR_VALUES = 2_000_000  # of rows that are compared at once: about 100 MB
 
 
 def most_similar(expression: csr_matrix, k: int, similarity: Similarity, block_rows: int = BLOCK_ROWS) -> np.ndarray:
@@ -69,6 +69,7 @@ def reorder(expression: csr_matrix, candidates: np.ndarray, k: int, similarity: 
         int64 [N, k]; -1 where there are fewer.
     """
     number, listed = candidates.shape
+    means, lengths = _means_and_lengths(expression, similarity)
     found = np.full((number, k), -1, dtype=np.int64)
     mean_values = max(1, expression.nnz // max(number, 1))
     step = max(1, PAIR_VALUES // (mean_values * listed))
@@ -77,8 +78,15 @@ def reorder(expression: csr_matrix, candidates: np.ndarray, k: int, similarity: 
         owners, places = np.nonzero(block >= 0)
         others = block[owners, places]
         scores = np.full(block.shape, -np.inf)
+        owners += start
+        own, other = expression[owners].astype(np.float64), expression[others].astype(np.float64)
+        if similarity == "euclidean":
+            values = -np.sqrt(_sums((own - other).power(2)))
+        else:
+            products = _sums(own.multiply(other)) - expression.shape[1] * means[owners] * means[others]
+            values = products / (lengths[owners] * lengths[others])
         # Sums in another order differ in the last digits; those do not decide.
-        scores[owners, places] = _similarities(expression[owners + start], expression[others], similarity).round(12)
+        scores[owners - start, places] = values.round(12)
         order = np.lexsort((block, -scores))[:, :k]
         found[start : start + step, : order.shape[1]] = np.take_along_axis(block, order, axis=1)
     return found
@@ -89,9 +97,15 @@ def _frame(expression: csr_matrix, similarity: Similarity) -> tuple[np.ndarray, 
     if similarity != "euclidean":
         return np.zeros(expression.shape[1], dtype=np.float32), 1.0
     centre = np.asarray(expression.mean(axis=0, dtype=np.float64)).ravel()
-    squares = np.asarray(expression.multiply(expression).sum(axis=1, dtype=np.float64)).ravel()
-    squares += centre @ centre - 2 * (expression @ centre)
+    squares = _sums(expression.power(2)) + centre @ centre - 2 * (expression @ centre)
     return centre.astype(np.float32), float(np.sqrt(max(squares.max(initial=0), TINY)))
+
+
+def _means_and_lengths(expression: csr_matrix, similarity: Similarity) -> tuple[np.ndarray, np.ndarray]:
+    """Return what pearson takes off a row, and the length of what is left, float64 [N]."""
+    squares = _sums(expression.astype(np.float64).power(2))
+    means = _sums(expression) / expression.shape[1] if similarity == "pearson" else np.zeros(len(squares))
+    return means, np.sqrt(np.maximum(squares - expression.shape[1] * means**2, TINY))
 
 
 def _vectors(rows: csr_matrix, similarity: Similarity, shift: np.ndarray, scale: float) -> np.ndarray:
@@ -142,18 +156,5 @@ def _take(values: np.ndarray, cells: np.ndarray, similar: np.ndarray, first: int
     values[touched], cells[touched] = all_values[best], all_cells[best]
 
 
-def _similarities(rows: csr_matrix, others: csr_matrix, similarity: Similarity) -> np.ndarray:
-    """Return the similarity of each row to the same row of the other matrix, float64."""
-    rows, others = rows.astype(np.float64), others.astype(np.float64)
-
-    def total(matrix: csr_matrix) -> np.ndarray:
-        return np.asarray(matrix.sum(axis=1)).ravel()
-
-    if similarity == "euclidean":
-        difference = rows - others
-        return -np.sqrt(total(difference.multiply(difference)))
-    product, own, other = (total(a.multiply(b)) for a, b in ((rows, others), (rows, rows), (others, others)))
-    if similarity == "pearson":
-        sums, other_sums, genes = total(rows), total(others), rows.shape[1]
-        product, own, other = product - sums * other_sums / genes, own - sums**2 / genes, other - other_sums**2 / genes
-    return product / np.sqrt(np.maximum(own, TINY) * np.maximum(other, TINY))
+def _sums(matrix: csr_matrix) -> np.ndarray:
+    return np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()

@@ -95,8 +95,8 @@ def align(adata: AnnData, genes: list[str], options: Preprocessing, *, layer: st
     there = np.flatnonzero(places >= 0)
     if len(there) < LEAST_SHARE * len(genes):
         raise DataError(
-            f"the section has {len(there)} of the model's {len(genes)} genes (by name, such as {', '.join(genes[:3])}); "
-            f"at least {LEAST_SHARE:.0%} are needed. Use the kind of gene names that the model was trained with"
+            f"the section has {len(there)} of the model's {len(genes)} genes (such as {', '.join(genes[:3])}); at "
+            f"least {LEAST_SHARE:.0%} are needed. Use the kind of gene names that the model was trained with"
         )
     found = counts[:, places[there]]
     spread = csr_matrix((found.data, there[found.indices], found.indptr), shape=(counts.shape[0], len(genes)))

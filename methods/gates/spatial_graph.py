@@ -99,7 +99,7 @@ def _check(places: np.ndarray) -> None:
     if len(wrong):
         listed = ", ".join(str(number) for number in wrong[:10])
         raise DataError(
-            f"coordinates of {len(wrong)} cells are NaN or infinite (cells number {listed}). Mend them or drop the cells"
+            f"coordinates of {len(wrong)} cells are NaN or infinite (cells number {listed}). Mend or drop them"
         )
 
 
@@ -155,7 +155,7 @@ def _delaunay(places: np.ndarray, cells: np.ndarray) -> Edges:
         offsets, senders = Delaunay(corners).vertex_neighbor_vertices
     except (QhullError, ValueError) as error:
         raise DataError(
-            "spatial_graph.kind = delaunay: the cells of a section lie on a line, or are fewer than 4; use radius or knn"
+            "spatial_graph.kind = delaunay: the cells of a section lie on a line, or are too few; use radius or knn"
         ) from error
     links = csr_matrix((np.ones(len(senders)), senders, offsets), shape=(len(corners), len(corners)))
     at = csr_matrix((np.ones(len(cells)), corner.ravel(), np.arange(len(cells) + 1)))

@@ -37,7 +37,7 @@ def test_a_good_section_is_described(upload):
 def test_problems_are_one_a_line_and_begin_with_the_field(upload):
     with pytest.raises(DataError, match=r"^n_domains = 500"):
         GATES.spatial_analyser().check(upload, {**PARAMS, "n_domains": 500}, LIMITS)
-    with pytest.raises(DataError, match=r"^params: .*one graph"):
+    with pytest.raises(DataError, match=r"^alpha = 0\.5: .*one graph"):
         GATES.spatial_analyser().check(upload, {**PARAMS, "method": "stagate", "alpha": 0.5}, LIMITS)
     with pytest.raises(DataError, match="120 cells"):
         GATES.spatial_analyser().check(upload, PARAMS, SectionLimits(100, 1000, 10**6, 10**8))

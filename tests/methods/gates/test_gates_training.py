@@ -101,10 +101,10 @@ def plain_training(section, config, seed, l2=0.0):
     losses = []
     for _ in range(used.epochs):
         optimizer.zero_grad()
-        decay = 0.0 if l2 else used.weight_decay
-        loss = dense_loss(network, X, graphs, decay, used.weight_decay_scope, used.loss)
+        decay = 0.0 if l2 else config.weight_decay
+        loss = dense_loss(network, X, graphs, decay, config.weight_decay_scope, used.loss)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), used.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
         optimizer.step()
         losses.append(loss.item())
     return network, losses
@@ -167,10 +167,8 @@ def test_recipe_fills_in_what_the_user_left_open():
     assert (pyg.epochs, pyg.learning_rate, pyg.loss) == (1000, 1e-3, "mse")
     own = recipe(GATESOptions(method="stagate_pyg", epochs=7, loss="frobenius"))
     assert (own.epochs, own.learning_rate, own.loss) == (7, 1e-3, "frobenius")
-    plain = GATESOptions(method="stagate")
-    assert recipe(plain) == plain
+    plain = recipe(GATESOptions(method="stagate"))
     assert (plain.epochs, plain.learning_rate, plain.loss) == (500, 1e-4, "frobenius")
-    assert recipe(pyg) == pyg
 
 
 def test_glorot_start_reconstructs_almost_nothing_and_training_improves_it(section):
