@@ -17,6 +17,7 @@ from tenfold.platform.cluster_capacity import Capacity, capacity, check_capacity
 from tenfold.platform.deadline import run_with_deadline
 from tenfold.platform.errors import ClusterError
 from tenfold.platform.hardware import available_memory
+from tenfold.platform.paths import expanded
 
 __all__ = [
     "Capacity",
@@ -223,7 +224,7 @@ def _speaks_grpc(address: str) -> None:
 def token_path() -> Path:
     """Return the file with Ray's authentication token (it may be missing)."""
     given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(given).expanduser() if given else Path.home() / ".ray" / "auth_token"
+    return expanded(given) if given else Path.home() / ".ray" / "auth_token"
 
 
 def _protect_token() -> None:

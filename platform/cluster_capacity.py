@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tenfold.platform.errors import ClusterError
 from tenfold.platform.hardware import available_memory
+from tenfold.platform.paths import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +275,7 @@ def _autoscaling_config() -> Path | None:
             continue
         for part in command:
             if part.startswith("--autoscaling-config="):
-                return Path(part.partition("=")[2]).expanduser()
+                return expanded(part.partition("=")[2])
     return None
 
 

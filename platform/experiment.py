@@ -13,13 +13,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.method import Method, load_method, method_names, packaged_experiments
+from tenfold.platform.paths import expanded
 from tenfold.platform.validation import did_you_mean, validate_all
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -212,7 +212,7 @@ def read_source(reference: str) -> tuple[str, str]:
         ConfigError: there is no such experiment; the message lists what there is.
     """
     if reference.endswith((".yaml", ".yml")):
-        path = Path(reference).expanduser()
+        path = expanded(reference)
         if not path.is_file():
             raise ConfigError(f"{reference}: no such file. Give a YAML file, or one of: {_experiment_list()}")
         try:

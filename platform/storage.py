@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from tenfold.platform.deadline import run_with_deadline
 from tenfold.platform.errors import ConfigError
+from tenfold.platform.paths import expanded
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -236,7 +237,7 @@ def _open(text: str) -> tuple[FileSystem, str]:
 
     try:
         if "://" not in text and not text.startswith("file:"):
-            return LocalFileSystem(), str(Path(text).expanduser().resolve())
+            return LocalFileSystem(), str(expanded(text).resolve())
         return run_with_deadline(lambda: _open_uri(text), ANSWER_SECONDS, "opening it")
     except Exception as error:  # fsspec's file systems raise what they like
         cause = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

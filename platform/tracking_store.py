@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tenfold.platform.deadline import run_with_deadline
 from tenfold.platform.errors import TrackingError
+from tenfold.platform.paths import expanded
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,11 +47,11 @@ def absolute_uri(uri: str, base: Path) -> str:
     database = sqlite_path(uri)
     if database is not None:
         query = uri.partition("?")[2]
-        absolute = (base / database.expanduser()).resolve()
+        absolute = (base / expanded(database)).resolve()
         return f"{uri.partition(':///')[0]}:///{absolute}" + (f"?{query}" if query else "")
     folder = file_store_path(uri)
     if folder is not None:
-        return (base / folder.expanduser()).resolve().as_uri()
+        return (base / expanded(folder)).resolve().as_uri()
     return uri
 
 

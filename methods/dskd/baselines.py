@@ -1,7 +1,7 @@
 """The papers' competitors for different vocabularies: ULD (arXiv 2402.12030) and MinED (FuseLLM, arXiv 2401.10491).
 
-Built like the losses of `objective`, where `Loss`, `LossSettings` and the total are explained; `settings.num_columns`
-counts the student's entries. Both distillation sums are divided by Z, the label tokens of the global batch.
+Built like the losses of `objective`, where the total and the biases are explained; `settings.num_columns` counts the
+student's entries. Both distillation sums are divided by Z, the label tokens of the global batch.
 
 Legend: N student's and M teacher's label tokens, K pairs of them, V_s and V_t rows of the heads, d student's and D
 teacher's hidden size.
@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tenfold.methods.dskd.objective import Loss, LossSettings, row_count
+from tenfold.methods.dskd.loss_parts import Loss, LossSettings, plain_sum, row_count, row_weights
 from tenfold.platform.losses.chunked_rows import Side
 from tenfold.platform.losses.fused_distillation import fused_linear_distillation
-from tenfold.platform.losses.fused_inputs import check_chunk, make_side
+from tenfold.platform.losses.fused_inputs import check_chunk, cut_head, make_side
 from tenfold.platform.losses.fused_linear import fused_linear_cross_entropy
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -58,6 +58,9 @@ def uld(
     num_items: Tensor,
     settings: LossSettings,
     num_teacher_columns: int,
+    *,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
 ) -> Loss:
     """Universal logit distillation: the distance of the sorted probabilities of paired tokens, without temperature.
 
@@ -72,13 +75,19 @@ def uld(
         num_items: Z, scalar.
         settings: alpha, columns, chunk.
         num_teacher_columns: entries of the teacher's tokenizer.
+        student_bias_V: of the student's head.
+        teacher_bias_V: of the teacher's head.
     """
-    ce = fused_linear_cross_entropy(student_Nd, student_head_Vd, labels_N, chunk=settings.chunk)
+    ce = fused_linear_cross_entropy(student_Nd, student_head_Vd, labels_N, bias=student_bias_V, chunk=settings.chunk)
+    student_head_Vd, student_bias_V = cut_head(student_head_Vd, student_bias_V, settings.num_columns)
+    teacher_head_VD, teacher_bias_V = cut_head(teacher_head_VD, teacher_bias_V, num_teacher_columns)
     distance = sorted_distance(
         student_Nd.index_select(0, student_index_K),
-        student_head_Vd[: settings.num_columns],
+        student_head_Vd,
         teacher_MD.index_select(0, teacher_index_K),
-        teacher_head_VD[:num_teacher_columns],
+        teacher_head_VD,
+        student_bias_V=student_bias_V,
+        teacher_bias_V=teacher_bias_V,
         chunk=settings.chunk,
     )
     parts = {"ce": (ce.detach(), row_count(labels_N)), "uld": (distance.detach(), row_count(student_index_K))}
@@ -86,7 +95,14 @@ def uld(
 
 
 def sorted_distance(
-    student_Kd: Tensor, student_head_Vd: Tensor, teacher_KD: Tensor, teacher_head_VD: Tensor, *, chunk: int
+    student_Kd: Tensor,
+    student_head_Vd: Tensor,
+    teacher_KD: Tensor,
+    teacher_head_VD: Tensor,
+    *,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
+    chunk: int,
 ) -> Tensor:
     """sum_k |p_k - q_k| of the probabilities in descending order, the shorter side padded with 0, summed over rows.
 
@@ -96,18 +112,21 @@ def sorted_distance(
         Scalar float32 (float64 for float64 inputs), 0 with a valid graph without rows; at most 2 a row.
     """
     check_chunk(chunk)
-    student = make_side("student", student_Kd, student_head_Vd, None)
-    teacher = make_side("teacher", teacher_KD.detach(), teacher_head_VD.detach(), None)
-    return _SortedDistance.apply(student.hidden, student.head, teacher, chunk)
+    student = make_side("student", student_Kd, student_head_Vd, student_bias_V)
+    teacher = make_side("teacher", teacher_KD.detach(), teacher_head_VD.detach(), teacher_bias_V)
+    return _SortedDistance.apply(student.hidden, student.head, student.bias, teacher, chunk)
 
 
 class _SortedDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, teacher: Side, chunk: int) -> Tensor:  # type: ignore[override]
-        student, wide = Side(hidden, head, None), torch.promote_types(hidden.dtype, torch.float32)
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, teacher: Side, chunk: int
+    ) -> Tensor:
+        student, wide = Side(hidden, head, bias), torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros(head.shape, dtype=wide, device=head.device) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros(len(head), dtype=wide, device=head.device) if ctx.needs_input_grad[2] else None
         rows = min(chunk, len(hidden))
         student_buffer, teacher_buffer = student.new_buffer(rows), teacher.new_buffer(rows)
         for start in range(0, len(hidden), chunk):
@@ -118,7 +137,7 @@ class _SortedDistance(torch.autograd.Function):
             extra = p.shape[1] - q.shape[1]
             gap = pad(gap, (0, max(extra, 0))).sub_(pad(p.sort(dim=-1, descending=True).values, (0, max(-extra, 0))))
             total += gap.abs().sum()
-            if grad_hidden is None and grad_head is None:
+            if grad_hidden is None and grad_head is None and grad_bias is None:
                 continue
             # each probability has the slope of its rank: 1 above the teacher's, -1 below
             slope = torch.empty_like(q).scatter_(-1, order, gap[:, : q.shape[1]].sign_())
@@ -127,8 +146,11 @@ class _SortedDistance(torch.autograd.Function):
                 torch.mm(gradient, head, out=grad_hidden[start:stop])
             if grad_head is not None:
                 grad_head += gradient.T @ hidden[start:stop]
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0, dtype=wide)
         # gradients only: a head gathered for the forward pass (ZeRO-3) is gone by the backward pass
-        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
+        narrow = [None if grad is None else grad.to(head.dtype) for grad in (grad_head, grad_bias)]
+        ctx.save_for_backward(grad_hidden, *narrow)
         return total
 
     @staticmethod
@@ -137,7 +159,9 @@ class _SortedDistance(torch.autograd.Function):
         return *(None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None, None
 
 
-def mined_teacher_head(teacher_head_VD: Tensor, student_to_teacher: Tensor) -> tuple[Tensor, Tensor]:
+def mined_teacher_head(
+    teacher_head_VD: Tensor, student_to_teacher: Tensor, teacher_bias_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the teacher's head in the student's vocabulary: rows [V_s, D] and biases [V_s] (MinED).
 
     A student's token that some teacher token maps to has the logit of that teacher token, all others -1e5: products
@@ -146,10 +170,12 @@ def mined_teacher_head(teacher_head_VD: Tensor, student_to_teacher: Tensor) -> t
     Args:
         teacher_head_VD: W_t.
         student_to_teacher: [V_s] of `vocabulary.minimum_edit_tables`, -1 = none.
+        teacher_bias_V: of the teacher's head.
     """
-    is_mapped = student_to_teacher >= 0
-    rows = teacher_head_VD.detach()[student_to_teacher.clamp(min=0)] * is_mapped[:, None]
-    return rows, torch.where(is_mapped, 0.0, _EXCLUDED).to(rows.dtype)
+    is_mapped, source = student_to_teacher >= 0, student_to_teacher.clamp(min=0)
+    rows = teacher_head_VD.detach()[source] * is_mapped[:, None]
+    biases = rows.new_zeros(len(rows)) if teacher_bias_V is None else teacher_bias_V.detach()[source].to(rows.dtype)
+    return rows, biases.masked_fill(~is_mapped, _EXCLUDED)
 
 
 def mined(
@@ -162,6 +188,8 @@ def mined(
     labels_N: Tensor,
     num_items: Tensor,
     settings: LossSettings,
+    *,
+    student_bias_V: Tensor | None = None,
 ) -> Loss:
     """MinED: forward KL at tau to the teacher's mapped logits, to the gold label where no teacher token corresponds.
 
@@ -178,32 +206,49 @@ def mined(
         labels_N: gold next tokens of the student, int64.
         num_items: Z, scalar.
         settings: alpha, temperature, columns, chunk. The divergence is the forward KL, whatever they say.
+        student_bias_V: of the student's head.
     """
+    alpha, tau = settings.kd_rate, settings.options.temperature
     soft_N = (teacher_position_N >= 0).nonzero().squeeze(-1)
     hard_N = (teacher_position_N < 0).nonzero().squeeze(-1)
-    ce = fused_linear_cross_entropy(student_Nd, student_head_Vd, labels_N, chunk=settings.chunk)
+    # both parts of a soft target's loss from one pass over its logits
     soft = fused_linear_distillation(
         student_Nd.index_select(0, soft_N),
         student_head_Vd,
         teacher_MD.index_select(0, teacher_position_N[soft_N]),
         teacher_rows_VD,
-        teacher_bias=teacher_bias_V,
         divergence="forward_kl",
         options=settings.options,
+        divergence_weight=row_weights(soft_N, alpha),
+        targets=labels_N[soft_N],
+        target_weight=row_weights(soft_N, 1 - alpha),
+        student_bias=student_bias_V,
+        teacher_bias=teacher_bias_V,
         num_columns=settings.num_columns,
         chunk=settings.chunk,
-    ).total
-    hard = fused_linear_cross_entropy(
-        student_Nd.index_select(0, hard_N) / settings.options.temperature,
+    )
+    rows, labels = student_Nd.index_select(0, hard_N), labels_N[hard_N]
+    hard_ce = fused_linear_cross_entropy(
+        rows,
         student_head_Vd,
-        labels_N[hard_N],
+        labels,
+        bias=student_bias_V,
+        row_weight=row_weights(hard_N, 1 - alpha),
+        chunk=settings.chunk,
+    )
+    hard = fused_linear_cross_entropy(
+        rows / tau,
+        student_head_Vd,
+        labels,
+        bias=None if student_bias_V is None else student_bias_V / tau,
+        row_weight=row_weights(hard_N, alpha),
         num_columns=settings.num_columns,
         chunk=settings.chunk,
     )
     count = row_count(labels_N)
     parts = {
-        "ce": (ce.detach(), count),
-        "mined": ((soft + hard).detach(), count),
+        "ce": (plain_sum(soft.cross_entropy + hard_ce, 1 - alpha), count),
+        "mined": (plain_sum(soft.divergence + hard, alpha), count),
         "soft_targets": (row_count(soft_N), count),
     }
-    return Loss(((1 - settings.kd_rate) * ce + settings.kd_rate * (soft + hard)) / num_items, parts)
+    return Loss((soft.total + hard_ce + hard) / num_items, parts)

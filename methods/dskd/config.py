@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from tenfold.platform.data.config import DataConfig, DataSource
+from tenfold.platform.errors import ConfigError
 from tenfold.platform.evaluation.options import EvaluationOptions
 from tenfold.platform.experiment import StrictModel
+from tenfold.platform.models.adapters import LoraOptions
 from tenfold.platform.models.options import GenerationOptions
 from tenfold.platform.models.source import ModelSource
 from tenfold.platform.training.options import TrainingOptions
@@ -38,6 +40,8 @@ ALIGNMENTS: dict[str, Alignment] = {
 }
 # These objectives compare by their own pairs also where the tokenizers are the same.
 ALWAYS_PAIRED = ("overlap_kd", "uld", "mined")
+# These objectives need no gold label and no table of positions: they can read what the student generates.
+ON_POLICY = ("kl", "dual_space_v1", "dual_space_v2", "overlap_kd")
 
 
 class OnPolicy(StrictModel):
@@ -50,6 +54,31 @@ class OnPolicy(StrictModel):
     top_k: int = Field(0, ge=0, description="sample among the k most probable tokens; 0 is off (v2: 0)")
     max_new_tokens: int | None = Field(
         None, ge=1, description="longest response; default: max_length - max_prompt_length (v2)"
+    )
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="what generates; vllm: on the training GPUs, needs tenfold[gpu,align] (not run on a GPU so far)",
+    )
+    vllm_memory: float = Field(0.3, gt=0, lt=1, description="share of a GPU's memory that vLLM may take")
+
+
+class DSKDEvaluation(EvaluationOptions):
+    """How the finished student is measured: ROUGE-L always, a judge and the papers' analyses on demand."""
+
+    judge_against: str = Field(
+        "references",
+        min_length=1,
+        description="whose answers the student's are compared with: references, teacher, or the folder of another run "
+        "with the same rows",
+    )
+    judge_sets: list[str] = Field(
+        ["validation"], min_length=1, description="rows that are judged: validation, or names in test_sets"
+    )
+    structure_distance: int | None = Field(
+        None,
+        ge=1,
+        description="compare how student and teacher arrange the tokens of so many training responses (v1: 1000); "
+        "off by default",
     )
 
 
@@ -64,6 +93,14 @@ class DSKDConfig(StrictModel):
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="the teacher's arithmetic; auto: bfloat16 where this hardware computes in it"
+    )
+    teacher_offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="a live teacher's weights; cpu: in main memory, shared out over the workers, on the device layer "
+        "by layer: for one that does not fit beside the student",
+    )
+    lora: LoraOptions | None = Field(
+        None, description="train a low-rank adapter of the student, its weights stay frozen; default: all weights"
     )
     data: DataConfig = Field(description="training and validation data")
     test_sets: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], list[DataSource]] = Field(
@@ -106,6 +143,17 @@ class DSKDConfig(StrictModel):
     adaptive_alpha: float = Field(0.5, gt=0, lt=1, description="head and tail of adaptive_kl (v1: 0.5)")
     js_beta: float = Field(0.5, gt=0, lt=1, description="weight of the student in jsd")
     spaces: Literal["both", "student", "teacher"] = Field("both", description="v2's ablations; both: the method")
+    t2s_mask: Literal["auto", "none", "gold", "agreement"] = Field(
+        "auto",
+        description="tokens that the student space counts: all, or those whose projected teacher predicts the gold "
+        "label or the teacher's token; auto, as the papers: none for v1, gold with cross-model attention, agreement "
+        "for v2 (none on the student's own text of one tokenizer)",
+    )
+    normaliser: Literal["local", "global"] = Field(
+        "local",
+        description="v2's means are over a micro-batch (official code) or over the whole step, exact whatever the "
+        "accumulation and the ranks",
+    )
     agreement_threshold: float = Field(
         1.0, ge=0, le=1, description="v2: mask to agreeing tokens when their share is at most this (v2: 1.0)"
     )
@@ -115,7 +163,7 @@ class DSKDConfig(StrictModel):
     )
     loss_chunk_rows: int = Field(512, ge=1, description="label positions whose logits exist at once; changes no value")
     training: TrainingOptions = Field(default_factory=TrainingOptions, description="steps, batches, learning rate")
-    evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions, description="ROUGE-L protocol")
+    evaluation: DSKDEvaluation = Field(default_factory=DSKDEvaluation, description="ROUGE-L protocol, judge, analyses")
 
     @model_validator(mode="after")
     def _options_fit_the_objective(self) -> DSKDConfig:
@@ -125,13 +173,49 @@ class DSKDConfig(StrictModel):
             raise ValueError(f"topk_vocab = {self.topk_vocab}: give a number of entries, or -1 for all")
         if self.cma_std == "batch" and self.teacher_mode == "cache":
             raise ValueError("cma_std = batch reads states that a cache does not keep; use teacher_mode = live")
-        if self.on_policy is not None and self.objective not in ("kl", "dual_space_v1", "dual_space_v2"):
+        if self.teacher_offload == "cpu" and self.teacher_mode == "cache":
+            raise ValueError("teacher_offload = cpu is for a teacher that runs in training; use teacher_mode = live")
+        if self.on_policy is not None and self.objective not in ON_POLICY:
+            raise ValueError(f"on_policy works with {', '.join(ON_POLICY)}; objective is {self.objective}")
+        self._check_mask()
+        unknown = [name for name in self.evaluation.judge_sets if name not in ("validation", *self.test_sets)]
+        if self.evaluation.judge is not None and unknown:
             raise ValueError(
-                f"on_policy works with kl, dual_space_v1 and dual_space_v2; objective is {self.objective}"
+                f"evaluation.judge_sets: no rows called {', '.join(unknown)}; there are validation and "
+                f"{', '.join(self.test_sets) or 'no test_sets'}"
+            )
+        if self.normaliser == "global" and self.objective != "dual_space_v2":
+            raise ValueError(
+                "normaliser = global is for the means of dual_space_v2; the sums of other objectives are divided by "
+                f"the label tokens of the step already; objective is {self.objective}"
             )
         if self.on_policy is not None and self.teacher_mode == "cache":
             raise ValueError("on_policy: the teacher must read what the student generates; use teacher_mode = live")
+        self._check_engine()
         return self
+
+    def _check_engine(self) -> None:
+        if self.on_policy is None or self.on_policy.engine != "vllm":
+            return
+        if self.student.model is None:
+            raise ValueError("on_policy.engine = vllm reads the student from a folder; a fresh one (config) has none")
+        if self.lora is not None:
+            raise ValueError("on_policy.engine = vllm takes a whole student, not an adapter; leave lora out")
+
+    def _check_mask(self) -> None:
+        given = f"t2s_mask = {self.t2s_mask}"
+        if self.t2s_mask == "auto":
+            return
+        if self.objective not in ("dual_space_v1", "dual_space_v2"):
+            raise ValueError(f"{given} is for dual_space_v1 and dual_space_v2; objective is {self.objective}")
+        if self.spaces == "teacher":
+            raise ValueError(f"{given} masks the student space, which spaces = teacher leaves out")
+        if self.t2s_mask == "gold" and self.on_policy is not None:
+            raise ValueError(f"{given}: text that the student generates has no gold labels; use auto with on_policy")
+        if self.t2s_mask == "none" and self.agreement_threshold != 1.0:
+            raise ValueError(
+                f"{given} leaves agreement_threshold = {self.agreement_threshold} without a mask to bound"
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -139,7 +223,17 @@ class DSKDConfig(StrictModel):
         return self.objective not in ("sft", "seqkd")
 
     def alignment(self, same_tokenizer: bool) -> Alignment | None:
-        """Return how positions are paired; None where the objective compares equal vocabularies only."""
+        """Return how positions are paired; None where the objective compares equal vocabularies only.
+
+        Raises:
+            ConfigError: the mask of the student space needs a prediction that this pairing does not have.
+        """
         if same_tokenizer and self.objective not in ALWAYS_PAIRED:
             return "none"
-        return ALIGNMENTS.get(self.objective)
+        found = ALIGNMENTS.get(self.objective)
+        if found == "cma" and self.t2s_mask == "agreement":
+            raise ConfigError(
+                "config.t2s_mask = agreement: cross-model attention has no teacher's token at a student's position to "
+                "agree with. Use config.t2s_mask=gold or none, or config.objective=dual_space_v2"
+            )
+        return found

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tenfold.methods.dskd import baselines, cross_vocabulary, objective
+from tenfold.methods.dskd import baselines, cross_vocabulary
 from tenfold.methods.dskd.cross_model_attention import Sequences, cross_model_attention
 from tenfold.methods.dskd.dual_space_module import DynamicProjectors, fit_projector
+from tenfold.methods.dskd.loss_parts import Loss, LossSettings, Mask
 from tenfold.methods.dskd.module import DistillationModule, Reading, gathered
-from tenfold.platform.data.positions import label_positions
+from tenfold.platform.data.positions import IGNORED, label_positions
 from torch import Tensor, nn
 
 
@@ -22,12 +23,19 @@ class CrossModelAttention(DistillationModule):
     Args:
         overlap: O_s and O_t, entries that both vocabularies have; read for a pseudo-inverse start only.
         teacher_embedding: E_t [V_t, D] with a cached teacher.
+        t2s_id: [V_t] the student's label for a teacher's token, -1 = none; read for on-policy passes only.
     """
 
     def __init__(
-        self, *args: Any, overlap: tuple[Tensor, Tensor], teacher_embedding: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        overlap: tuple[Tensor, Tensor],
+        teacher_embedding: Tensor | None = None,
+        t2s_id: Tensor | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.register_buffer("t2s_id", t2s_id, persistent=False)
         self.register_buffer("teacher_embedding", teacher_embedding, persistent=False)
         with self._heads() as (student_head, teacher_head):
             D, d = teacher_head.shape[1], student_head.shape[1]
@@ -43,8 +51,8 @@ class CrossModelAttention(DistillationModule):
         teacher: Reading,
         teaching: dict[str, Tensor],
         items: Tensor,
-        settings: objective.LossSettings,
-    ) -> objective.Loss:
+        settings: LossSettings,
+    ) -> Loss:
         dtype, their_embedding = self.t2s.weight.dtype, self._teacher_inputs()
         with gathered([their_embedding]):
             t2s, s2t = cross_model_attention(
@@ -62,11 +70,25 @@ class CrossModelAttention(DistillationModule):
             teacher.head,
             t2s,
             s2t.to(teacher.head.dtype),
-            student.targets,
+            self._predicted_labels(student, teacher, teaching) if student.is_generated else student.targets,
             items,
             settings,
             self._teacher_columns,
+            mask=self._mask("gold"),
+            passes=self.micro_batches if student.is_generated else None,
+            student_bias_V=student.bias,
+            teacher_bias_V=teacher.bias,
         )
+
+    def _predicted_labels(self, student: Reading, teacher: Reading, teaching: dict[str, Tensor]) -> Tensor:
+        """Return the teacher's predictions at aligned positions as the student's tokens [N], -100 = none."""
+        own, _, labels = cross_vocabulary.labelled_pairs(
+            teaching["student_pairs"],
+            teaching["teacher_pairs"],
+            teacher.predicted(self._teacher_columns, self._settings.chunk),
+            self.t2s_id,
+        )
+        return torch.full_like(student.targets, IGNORED).index_copy(0, own, labels)
 
     def _teacher_inputs(self) -> Tensor:
         if self.teacher_embedding is not None:
@@ -102,14 +124,10 @@ class ExactAlignment(DynamicProjectors):
         teacher: Reading,
         teaching: dict[str, Tensor],
         items: Tensor,
-        settings: objective.LossSettings,
-    ) -> objective.Loss:
-        own, theirs, labels = cross_vocabulary.labelled_pairs(
-            teaching["student_pairs"],
-            teaching["teacher_pairs"],
-            teacher.predicted(self._teacher_columns, settings.chunk),
-            self.t2s_id,
-        )
+        settings: LossSettings,
+    ) -> Loss:
+        prediction = teacher.predicted(self._teacher_columns, settings.chunk)
+        own, theirs, labels = self._labelled_pairs(prediction, teaching)
         rows = teacher.rows[theirs]
         projected_teacher, projected_student = self._project(student.rows[own], rows, student.head, teacher.head)
         return cross_vocabulary.dual_space_v2_eta(
@@ -128,7 +146,22 @@ class ExactAlignment(DynamicProjectors):
             micro_batches=self.micro_batches,
             agreement_threshold=self._options.agreement_threshold,
             spaces=self._options.spaces,
+            mask=self._mask("agreement"),
+            counts=self._step_counts(teaching, items),
+            student_bias_V=student.bias,
+            teacher_bias_V=teacher.bias,
         )
+
+    def _labelled_pairs(self, prediction: Tensor, teaching: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return cross_vocabulary.labelled_pairs(
+            teaching["student_pairs"], teaching["teacher_pairs"], prediction, self.t2s_id
+        )
+
+    def _compared(
+        self, teacher_rows: Tensor, prediction: Tensor, targets: Tensor, mask: Mask, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        own, theirs, labels = self._labelled_pairs(prediction, batch)
+        return teacher_rows[theirs], targets[own] if mask == "gold" else labels
 
 
 class OverlapKD(DistillationModule):
@@ -148,8 +181,8 @@ class OverlapKD(DistillationModule):
         teacher: Reading,
         teaching: dict[str, Tensor],
         items: Tensor,
-        settings: objective.LossSettings,
-    ) -> objective.Loss:
+        settings: LossSettings,
+    ) -> Loss:
         own, theirs = (ids.to(student.rows.device) for ids in self._overlap)
         return cross_vocabulary.overlap_kd(
             student.rows,
@@ -161,6 +194,8 @@ class OverlapKD(DistillationModule):
             student.targets,
             items,
             settings,
+            student_bias_V=student.bias,
+            teacher_overlap_bias_v=None if teacher.bias is None else teacher.bias[theirs],
         )
 
 
@@ -173,8 +208,8 @@ class ULD(DistillationModule):
         teacher: Reading,
         teaching: dict[str, Tensor],
         items: Tensor,
-        settings: objective.LossSettings,
-    ) -> objective.Loss:
+        settings: LossSettings,
+    ) -> Loss:
         own, theirs = baselines.uld_pairs(
             label_positions(student.labels).sum(1), label_positions(teacher.labels).sum(1)
         )
@@ -189,6 +224,8 @@ class ULD(DistillationModule):
             items,
             settings,
             self._teacher_columns,
+            student_bias_V=student.bias,
+            teacher_bias_V=teacher.bias,
         )
 
 
@@ -209,9 +246,9 @@ class MinED(DistillationModule):
         teacher: Reading,
         teaching: dict[str, Tensor],
         items: Tensor,
-        settings: objective.LossSettings,
-    ) -> objective.Loss:
-        rows, bias = baselines.mined_teacher_head(teacher.head, self.student_to_teacher)
+        settings: LossSettings,
+    ) -> Loss:
+        rows, bias = baselines.mined_teacher_head(teacher.head, self.student_to_teacher, teacher.bias)
         return baselines.mined(
             student.rows,
             student.head,
@@ -222,4 +259,5 @@ class MinED(DistillationModule):
             student.targets,
             items,
             settings,
+            student_bias_V=student.bias,
         )

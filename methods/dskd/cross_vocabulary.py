@@ -1,7 +1,7 @@
 """The losses of DSKD and DSKDv2 for different vocabularies, on the rows (tokens) that carry a label.
 
-They are built like those of `objective`, where `Loss`, `LossSettings` and the total are explained;
-`settings.num_columns` counts the student's entries.
+They are built like those of `objective`, where the total and the biases are explained; `settings.num_columns` counts
+the student's entries.
 
 Legend: N student's and M teacher's label tokens, K aligned pairs of them, V_s and V_t rows of the heads, v entries
 that both vocabularies have, d student's and D teacher's hidden size.
@@ -12,14 +12,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from tenfold.methods.dskd.objective import Loss, LossSettings, plain_sum, row_count, row_weights
+from tenfold.methods.dskd.loss_parts import (
+    MATCHED,
+    Loss,
+    LossSettings,
+    Mask,
+    StepCounts,
+    best_tokens,
+    constant,
+    mean_part,
+    plain_sum,
+    row_count,
+    row_weights,
+)
 from tenfold.platform.data.positions import IGNORED
 from tenfold.platform.losses.fused_distillation import fused_linear_distillation
-from tenfold.platform.losses.fused_linear import (
-    fused_linear_cross_entropy,
-    fused_linear_divergence,
-    linear_argmax,
-)
+from tenfold.platform.losses.fused_linear import fused_linear_cross_entropy, fused_linear_divergence
 from torch import Tensor
 
 
@@ -34,12 +42,18 @@ def dual_space_v1_cma(
     num_items: Tensor,
     settings: LossSettings,
     num_teacher_columns: int,
+    *,
+    mask: Mask = "gold",
+    passes: int | None = None,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
 ) -> Loss:
     """DSKD with cross-model attention (arXiv 2406.17328): KD = L_t2s_ce + L_stu + L_tea, each divided by Z.
 
     L_t2s_ce holds what the student's positions read of the teacher to the gold labels; L_stu counts the tokens where
     that reading predicts the gold label (the divisor stays Z), L_tea is the forward KL over all of the teacher's label
-    positions, whose number is not Z.
+    positions, whose number is not Z. On text that the student generated, the teacher's predictions stand for the
+    labels where the student has the token, and L_stu is the mean over the tokens that it counts (v2).
 
     Args:
         student_Nd: h_s, last hidden states at the predicting positions.
@@ -48,17 +62,23 @@ def dual_space_v1_cma(
         teacher_head_VD: W_t [V_t, D], frozen.
         t2s_Nd: what `cross_model_attention` gives the student's positions, with its graph.
         s2t_MD: what it gives the teacher's positions, with its graph.
-        labels_N: gold next tokens of the student, int64.
+        labels_N: gold next tokens of the student, int64; on generated text the teacher's predictions as the
+            student's tokens, -100 = none.
         num_items: Z, the student's label tokens of the global batch, scalar.
         settings: divergence, alpha, columns, chunk.
         num_teacher_columns: entries of the teacher's tokenizer.
+        mask: none: L_stu counts all tokens; else those where the reading predicts the label.
+        passes: forward passes of all ranks in one step, for L_stu as the mean of generated text, which is averaged
+            over them; None: it is divided by Z.
+        student_bias_V: of the student's head.
+        teacher_bias_V: of the teacher's head.
     """
     alpha = settings.kd_rate
-    prediction = linear_argmax(
-        t2s_Nd.detach(), student_head_Vd.detach(), num_columns=settings.num_columns, chunk=settings.chunk
-    )
-    correct = prediction == labels_N
+    correct = best_tokens(t2s_Nd, student_head_Vd, student_bias_V, settings) == labels_N
     weight = row_weights(labels_N, alpha)
+    counted = weight if mask == "none" else weight * correct
+    if passes is not None:
+        counted = counted * num_items / ((counted != 0).sum().clamp(min=1e-3) * passes)
     student_space = fused_linear_distillation(
         student_Nd,
         student_head_Vd,
@@ -66,11 +86,13 @@ def dual_space_v1_cma(
         student_head_Vd.detach(),
         divergence=settings.divergence,
         options=settings.options,
-        divergence_weight=weight * correct,
+        divergence_weight=counted,
         targets=labels_N,
         target_weight=row_weights(labels_N, 1 - alpha),
         teacher_targets=labels_N,
         teacher_target_weight=weight,
+        student_bias=student_bias_V,
+        teacher_bias=student_bias_V,
         num_columns=settings.num_columns,
         chunk=settings.chunk,
     )
@@ -82,15 +104,20 @@ def dual_space_v1_cma(
         divergence="forward_kl",
         row_weight=row_weights(s2t_MD[:, 0], alpha),
         temperature=settings.options.temperature,
+        student_bias=constant(teacher_bias_V),
+        teacher_bias=teacher_bias_V,
         num_columns=num_teacher_columns,
         chunk=settings.chunk,
     )
-    count = row_count(labels_N)
+    count, labelled = row_count(labels_N), (labels_N != IGNORED).sum().float()
+    in_student = plain_sum(student_space.divergence, alpha)
+    if passes is not None:
+        in_student = in_student * passes / num_items
     parts = {
-        "ce": (plain_sum(student_space.cross_entropy, 1 - alpha), count),
-        "student_space": (plain_sum(student_space.divergence, alpha), count),
-        "t2s_ce": (plain_sum(student_space.teacher_cross_entropy, alpha), count),
-        "t2s_accuracy": (correct.sum().float(), count),
+        "ce": (plain_sum(student_space.cross_entropy, 1 - alpha), labelled),
+        "student_space": (in_student, count if passes is None else torch.ones_like(count)),
+        "t2s_ce": (plain_sum(student_space.teacher_cross_entropy, alpha), labelled),
+        "t2s_accuracy": (correct.sum().float(), labelled),
         "teacher_space": (plain_sum(teacher_space, alpha), row_count(s2t_MD)),
     }
     return Loss((student_space.total + teacher_space) / num_items, parts)
@@ -132,11 +159,16 @@ def dual_space_v2_eta(
     micro_batches: int = 1,
     agreement_threshold: float = 1.0,
     spaces: str = "both",
+    mask: Mask = "agreement",
+    counts: StepCounts | None = None,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
 ) -> Loss:
     """DSKDv2 with exact token alignment (arXiv 2504.11426): KD = L_stu + L_t2s_ce + L_tea over aligned pairs.
 
-    All three are means over the K pairs of this micro-batch (L_stu over the agreeing ones, unless their share is above
-    `agreement_threshold`); CE alone is divided by Z. Without any pair KD is 0 with a graph.
+    All three are means over the K pairs of this micro-batch, with `counts` of the step (L_stu over the agreeing ones,
+    unless their share is above `agreement_threshold`); CE alone is divided by Z. Without any pair KD is 0 with a
+    graph.
 
     Args:
         student_Nd: h_s at all label positions, for CE.
@@ -154,13 +186,19 @@ def dual_space_v2_eta(
         micro_batches: forward passes of all ranks in one step; local means are averaged over them, as DeepSpeed does.
         agreement_threshold: in [0, 1].
         spaces: both, student (without L_tea) or teacher (L_tea alone).
+        mask: pairs that L_stu counts: those that agree (v2), those that predict the gold label, or all.
+        counts: of the whole step, for exact means; `micro_batches` is not read then.
+        student_bias_V: of the student's head.
+        teacher_bias_V: of the teacher's head.
     """
     count, pairs = row_count(labels_N), row_count(student_index_K)
-    mean_K = row_weights(student_index_K, settings.kd_rate) / pairs.clamp(min=1) / micro_batches
+    divisor = pairs.clamp(min=1) * micro_batches
+    if counts is not None:
+        divisor = counts.pairs.clamp(min=1) * counts.passes
+    mean_K = row_weights(student_index_K, settings.kd_rate) / divisor
     ce_weight = row_weights(labels_N, 1 - settings.kd_rate) / num_items
     total = student_Nd.new_zeros((), dtype=torch.float32)
     parts: dict[str, tuple[Tensor, Tensor]] = {"counted_pairs": (pairs, count)}
-    undo_mean = pairs * micro_batches
     if spaces != "student":
         teacher_space = fused_linear_distillation(
             projected_student_KD,
@@ -171,27 +209,31 @@ def dual_space_v2_eta(
             # the second temperature belongs to the projected teacher alone
             options=replace(settings.options, teacher_temperature=1.0),
             divergence_weight=mean_K,
+            student_bias=constant(teacher_bias_V),
+            teacher_bias=teacher_bias_V,
             num_columns=num_teacher_columns,
             chunk=settings.chunk,
         )
         total = total + teacher_space.total
-        parts["teacher_space"] = (plain_sum(teacher_space.divergence * undo_mean, settings.kd_rate), pairs)
+        parts["teacher_space"] = (plain_sum(teacher_space.divergence * divisor, settings.kd_rate), pairs)
     if spaces == "teacher":
         ce = fused_linear_cross_entropy(
-            student_Nd, student_head_Vd, labels_N, row_weight=ce_weight, chunk=settings.chunk
+            student_Nd, student_head_Vd, labels_N, bias=student_bias_V, row_weight=ce_weight, chunk=settings.chunk
         )
         parts["ce"] = (plain_sum(ce * num_items, 1 - settings.kd_rate), count)
         # the projector is no part of this ablation, but every trained parameter takes part in every step
         return Loss(total + ce + 0.0 * projected_teacher_Kd.sum(), parts)
-    agree_K = teacher_label_K == linear_argmax(
-        projected_teacher_Kd.detach(),
-        student_head_Vd.detach(),
-        num_columns=settings.num_columns,
-        chunk=settings.chunk,
-    )
-    agreeing = agree_K.sum().float()
-    masked = bool(agreeing <= agreement_threshold * pairs)
-    local_K = settings.kd_rate * agree_K.float() / agreeing.clamp(min=1e-3) / micro_batches
+    matching_K = None if counts is None else counts.rows
+    if matching_K is None:
+        reference_K = labels_N[student_index_K] if mask == "gold" else teacher_label_K
+        matching_K = best_tokens(projected_teacher_Kd, student_head_Vd, student_bias_V, settings) == reference_K
+    number = matching_K.sum().float()
+    whole = counts or StepCounts(pairs, number, micro_batches)
+    masked = mask != "none" and bool(whole.matching <= agreement_threshold * whole.pairs)
+    if masked:
+        stu_K = settings.kd_rate * matching_K.float() / (whole.matching.clamp(min=1e-3) * whole.passes)
+    else:
+        stu_K = mean_K
     # CE needs the student's logits of all rows anyway: the pairs go to their rows, the others get no weight
     sums = fused_linear_distillation(
         student_Nd,
@@ -200,21 +242,25 @@ def dual_space_v2_eta(
         student_head_Vd.detach(),
         divergence=settings.divergence,
         options=settings.options,
-        divergence_weight=_at_rows(local_K if masked else mean_K, student_index_K, len(labels_N), 0.0),
+        divergence_weight=_at_rows(stu_K, student_index_K, len(labels_N), 0.0),
         targets=labels_N,
         target_weight=ce_weight,
         teacher_targets=_at_rows(teacher_label_K, student_index_K, len(labels_N), IGNORED),
         teacher_target_weight=_at_rows(mean_K, student_index_K, len(labels_N), 0.0),
+        student_bias=student_bias_V,
+        teacher_bias=student_bias_V,
         num_columns=settings.num_columns,
         chunk=settings.chunk,
     )
-    divergence = sums.divergence * (micro_batches if masked else undo_mean)
+    alpha = settings.kd_rate
     parts |= {
-        "ce": (plain_sum(sums.cross_entropy * num_items, 1 - settings.kd_rate), count),
-        "t2s_ce": (plain_sum(sums.teacher_cross_entropy * undo_mean, settings.kd_rate), pairs),
-        "student_space": (plain_sum(divergence, settings.kd_rate), torch.ones_like(count) if masked else pairs),
-        "t2s_agreement": (agreeing, pairs),
+        "ce": (plain_sum(sums.cross_entropy * num_items, 1 - alpha), count),
+        "t2s_ce": (plain_sum(sums.teacher_cross_entropy * divisor, alpha), pairs),
+        "student_space": (plain_sum(sums.divergence * divisor, alpha), pairs),
+        MATCHED[mask]: (number, pairs),
     }
+    if masked:
+        parts["student_space"] = mean_part(plain_sum(sums.divergence, alpha), whole, number, exact=counts is not None)
     return Loss(total + sums.total, parts)
 
 
@@ -228,6 +274,9 @@ def overlap_kd(
     labels_N: Tensor,
     num_items: Tensor,
     settings: LossSettings,
+    *,
+    student_bias_V: Tensor | None = None,
+    teacher_overlap_bias_v: Tensor | None = None,
 ) -> Loss:
     """Overlap sub-vocabulary KD (KDFlow, arXiv 2603.01875): one divergence of both softmaxes over the common entries.
 
@@ -243,9 +292,18 @@ def overlap_kd(
         labels_N: gold next tokens of the student, int64.
         num_items: Z, label tokens of the global batch, scalar.
         settings: divergence, alpha, chunk.
+        student_bias_V: of the student's head.
+        teacher_overlap_bias_v: of the teacher's common entries.
     """
     alpha = settings.kd_rate
-    ce = fused_linear_cross_entropy(student_Nd, student_head_Vd, labels_N, chunk=settings.chunk)
+    ce = fused_linear_cross_entropy(
+        student_Nd,
+        student_head_Vd,
+        labels_N,
+        bias=student_bias_V,
+        row_weight=row_weights(labels_N, 1 - alpha),
+        chunk=settings.chunk,
+    )
     kd = fused_linear_distillation(
         student_Nd.index_select(0, student_index_K),
         student_head_Vd.index_select(0, student_overlap_v),
@@ -253,11 +311,13 @@ def overlap_kd(
         teacher_overlap_head_vD,
         divergence=settings.divergence,
         options=settings.options,
+        student_bias=None if student_bias_V is None else student_bias_V.index_select(0, student_overlap_v),
+        teacher_bias=teacher_overlap_bias_v,
         chunk=settings.chunk,
     ).total
     count, pairs = row_count(labels_N), row_count(student_index_K)
-    parts = {"ce": (ce.detach(), count), "kd": (kd.detach(), pairs), "counted_pairs": (pairs, count)}
-    return Loss(((1 - alpha) * ce + alpha * kd) / num_items, parts)
+    parts = {"ce": (plain_sum(ce, 1 - alpha), count), "kd": (kd.detach(), pairs), "counted_pairs": (pairs, count)}
+    return Loss((ce + alpha * kd) / num_items, parts)
 
 
 def _at_rows(values_K: Tensor, index_K: Tensor, num_rows: int, fill: float) -> Tensor:

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from tenfold.methods.dskd import objective
+from tenfold.methods.dskd.loss_parts import Loss, LossSettings, Mask, StepCounts, best_tokens
 from tenfold.methods.dskd.module import DistillationModule, Reading, gathered
 from tenfold.methods.dskd.projectors import inverse_gram, teacher_to_student
+from tenfold.platform.data.positions import next_labels
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 
 class DualSpaceV1(DistillationModule):
@@ -33,12 +36,14 @@ class DualSpaceV1(DistillationModule):
         teacher: Reading,
         teaching: dict[str, Tensor],
         items: Tensor,
-        settings: objective.LossSettings,
-    ) -> objective.Loss:
-        targets = student.targets
-        if student.is_generated:
+        settings: LossSettings,
+    ) -> Loss:
+        mask, targets, prediction = self._mask("none"), student.targets, None
+        if student.is_generated or mask == "agreement":
+            prediction = teacher.predicted(settings.num_columns, settings.chunk)
+        if student.is_generated and prediction is not None:
             # nobody wrote what the student generated: the teacher's prediction stands for the gold label
-            targets = teacher.predicted(settings.num_columns, settings.chunk)
+            targets = prediction
         return objective.dual_space_v1(
             student.rows,
             student.head,
@@ -49,6 +54,10 @@ class DualSpaceV1(DistillationModule):
             targets,
             items,
             settings,
+            mask=mask,
+            teacher_prediction_N=prediction,
+            student_bias_V=student.bias,
+            teacher_bias_V=teacher.bias,
         )
 
 
@@ -79,8 +88,9 @@ class DynamicProjectors(DistillationModule):
 
     @torch.no_grad()
     def _current_s2t(self, head: Tensor, teacher_head: Tensor) -> Tensor:
-        """Return S = (W_s^T W_t)(W_t^T W_t)^{-1}, recomputed from the current student head (v2)."""
-        if self.passes.item() % self._options.s2t_refresh_every == 0:
+        """Return S = (W_s^T W_t)(W_t^T W_t)^{-1} of the current student head (v2); computed once if that is frozen."""
+        passes = int(self.passes.item())
+        if passes == 0 or (head.requires_grad and passes % self._options.s2t_refresh_every == 0):
             student_rows, teacher_rows = self._common_rows(head, teacher_head)
             cross = (student_rows.T.to(teacher_rows.dtype) @ teacher_rows).float()
             self.s2t_matrix.copy_(cross @ self.inverse_gram.float())
@@ -93,6 +103,49 @@ class DynamicProjectors(DistillationModule):
         matrix = self._current_s2t(head, teacher_head).to(student_rows.dtype)
         return projected_teacher, (student_rows @ matrix).to(teacher_head.dtype)
 
+    @torch.no_grad()
+    def counted(self, batch: dict[str, Tensor], *, is_generated: bool) -> dict[str, Tensor]:
+        """See the base class. The weights stay as they are within a step, so that the counts hold for its passes.
+
+        The student does not run for it, and what is found out here is passed on: the teacher's states, its
+        predictions, and which rows L_stu counts.
+        """
+        if self._options.normaliser == "local":
+            return {}
+        targets, mask = next_labels(batch["labels"]), self._step_mask(is_generated)
+        with (
+            self._read_teacher(batch, batch) as teacher,
+            self._student_weights() as (head, bias),
+            gathered([self.t2s.weight]),
+        ):
+            prediction = teacher.predicted(self._teacher_columns, self._settings.chunk)
+            rows, reference = self._compared(teacher.rows, prediction, targets, mask, batch)
+            found = {"teacher_hidden": teacher.rows, "teacher_prediction": prediction}
+            if mask != "none" and self._options.spaces != "teacher":
+                # not the layer itself: this is outside the forward pass, whose order of layers ZeRO-3 records
+                projected = linear(rows.to(self.t2s.weight.dtype), self.t2s.weight)
+                found["t2s_matching"] = best_tokens(projected, head, bias, self._settings) == reference
+        matching = found["t2s_matching"].sum() if "t2s_matching" in found else 0
+        found["step_counts"] = torch.tensor([len(targets), len(reference), matching], device=targets.device).float()
+        return found
+
+    def _step_mask(self, is_generated: bool) -> Mask:
+        return self._mask("agreement")
+
+    def _compared(
+        self, teacher_rows: Tensor, prediction: Tensor, targets: Tensor, mask: Mask, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the teacher's states that are compared, and the tokens that these rows are masked by."""
+        return teacher_rows, targets if mask == "gold" else prediction
+
+    @staticmethod
+    def _step_counts(teaching: dict[str, Tensor], items: Tensor) -> StepCounts | None:
+        """Return the counts of the whole step, where `counted` was asked for them."""
+        if "step_counts" not in teaching:
+            return None
+        labels, pairs, matching = teaching["step_counts"]
+        return StepCounts(pairs, matching, items / labels.clamp(min=1), teaching.get("t2s_matching"))
+
 
 class DualSpaceV2(DynamicProjectors):
     """DSKDv2, one tokenizer (arXiv 2504.11426)."""
@@ -103,8 +156,8 @@ class DualSpaceV2(DynamicProjectors):
         teacher: Reading,
         teaching: dict[str, Tensor],
         items: Tensor,
-        settings: objective.LossSettings,
-    ) -> objective.Loss:
+        settings: LossSettings,
+    ) -> Loss:
         projected_teacher, projected_student = self._project(student.rows, teacher.rows, student.head, teacher.head)
         return objective.dual_space_v2(
             student.rows,
@@ -118,10 +171,17 @@ class DualSpaceV2(DynamicProjectors):
             items,
             settings,
             micro_batches=self.micro_batches,
-            # no agreement mask on the student's own text (v2): no share is that small
-            agreement_threshold=-1.0 if student.is_generated else self._options.agreement_threshold,
+            agreement_threshold=self._options.agreement_threshold,
             spaces=self._options.spaces,
+            mask=self._step_mask(student.is_generated),
+            counts=self._step_counts(teaching, items),
+            student_bias_V=student.bias,
+            teacher_bias_V=teacher.bias,
         )
+
+    def _step_mask(self, is_generated: bool) -> Mask:
+        # no agreement mask on the student's own text (v2)
+        return self._mask("none" if is_generated else "agreement")
 
 
 @torch.no_grad()

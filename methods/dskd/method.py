@@ -13,6 +13,8 @@ from tenfold.platform.method import Outcome, Paper, PlanSection
 
 if TYPE_CHECKING:
     from tenfold.platform.context import PlanContext, RunContext
+    from tenfold.platform.models.adapters import LoraOptions
+    from tenfold.platform.models.source import ModelSource
 
 
 class DSKD:
@@ -31,11 +33,19 @@ class DSKD:
     def plan(self, config: DSKDConfig, context: PlanContext) -> list[PlanSection]:
         """Check models, tokenizers and data; say sizes, steps and memory."""
         from tenfold.methods.dskd.preparation import find_alignment
+        from tenfold.methods.dskd.vllm_rollout import check_engine
         from tenfold.platform.data.examples import load_examples, read_examples
         from tenfold.platform.data.tokenise import tokenised_dataset
-        from tenfold.platform.models.loading import describe, load_tokenizer
+        from tenfold.platform.evaluation.judge_client import check_judge
+        from tenfold.platform.models.heads import check_logit_options
+        from tenfold.platform.models.loading import describe, load_tokenizer, outline
 
+        check_engine(config)
+        if config.evaluation.judge is not None:
+            check_judge(config.evaluation.judge)
         student, teacher = describe(config.student), describe(config.teacher)
+        for source in (config.student, config.teacher):
+            check_logit_options(outline(source).config)
         tokenizer = load_tokenizer(config.student)
         alignment = find_alignment(config)
         splits = load_examples(config.data)
@@ -50,8 +60,10 @@ class DSKD:
                 f"{options.gradient_accumulation_steps} x {workers} workers), the training data has {len(rows)}; "
                 "use a smaller batch or fewer workers"
             )
-        # fp32 weights, gradients and two AdamW moments; logits of one chunk in a few copies
-        memory = 16 * student.num_parameters + 16 * config.loss_chunk_rows * student.vocabulary_size
+        trained = student.num_parameters if config.lora is None else _adapter_size(config.student, config.lora)
+        # fp32 weights, and of the trained ones gradients and two AdamW moments; logits of one chunk in a few copies
+        memory = 4 * (student.num_parameters + (trained if config.lora else 0)) + 12 * trained
+        memory += 16 * config.loss_chunk_rows * student.vocabulary_size
         models = PlanSection(
             "models",
             (
@@ -59,7 +71,8 @@ class DSKD:
                     "student",
                     f"{student.name}: {student.num_parameters:,} parameters, vocabulary {student.vocabulary_size:,}",
                 ),
-                ("teacher", f"{teacher.name}: {teacher.num_parameters:,} parameters ({config.teacher_mode})"),
+                ("trained", f"{trained:,} parameters" + (f" (LoRA, rank {config.lora.r})" if config.lora else "")),
+                ("teacher", f"{teacher.name}: {teacher.num_parameters:,} parameters ({_teacher_text(config)})"),
                 ("objective", config.objective + (f", {config.divergence}" if config.needs_teacher else "")),
                 ("tokenizers", _alignment_text(config, alignment)),
             ),
@@ -117,6 +130,19 @@ class DSKD:
         from tenfold.methods.dskd.evaluation import measure
 
         return measure(config, model, context)
+
+
+def _adapter_size(source: ModelSource, options: LoraOptions) -> int:
+    from tenfold.platform.models.adapters import add_adapter, num_trained
+    from tenfold.platform.models.loading import outline
+
+    model = outline(source)
+    add_adapter(model, options)
+    return num_trained(model)
+
+
+def _teacher_text(config: DSKDConfig) -> str:
+    return config.teacher_mode + (", weights in main memory" if config.teacher_offload == "cpu" else "")
 
 
 def _alignment_text(config: DSKDConfig, alignment: Alignment) -> str:

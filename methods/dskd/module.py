@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from tenfold.methods.dskd import objective
 from tenfold.methods.dskd.config import DSKDConfig
+from tenfold.methods.dskd.loss_parts import Loss, LossSettings, Mask
 from tenfold.platform.data.positions import label_positions, next_labels
 from tenfold.platform.losses.divergence import DivergenceOptions
 from tenfold.platform.losses.fused_linear import linear_argmax, linear_cross_entropy_rows
+from tenfold.platform.models.heads import check_head, head_of
 from tenfold.platform.models.hidden import final_hidden
 from tenfold.platform.training.module import TrainedModule
 from torch import Tensor, nn
@@ -45,6 +47,7 @@ class Reading:
         states: [B, T, X] last hidden states; None where only those of the label positions were kept.
         rows: [R, X] those of the R label positions.
         head: [V, X].
+        bias: [V] of the head; None: it has none.
         input_ids: int64 [B, T].
         labels: int64 [B, T].
         targets: int64 [R] next tokens.
@@ -55,6 +58,7 @@ class Reading:
     states: Tensor | None
     rows: Tensor
     head: Tensor
+    bias: Tensor | None
     input_ids: Tensor
     labels: Tensor
     targets: Tensor
@@ -65,7 +69,7 @@ class Reading:
         """Return the argmax over the tokenizer's entries, int64 [R]."""
         if self.prediction is not None:
             return self.prediction
-        return linear_argmax(self.rows, self.head, num_columns=num_columns, chunk=chunk)
+        return linear_argmax(self.rows, self.head, bias=self.bias, num_columns=num_columns, chunk=chunk)
 
     def padded_states(self) -> Tensor:
         """Return [B, T, X]; zeros where the states were not kept."""
@@ -85,6 +89,7 @@ class DistillationModule(TrainedModule):
         num_columns: entries of the student's tokenizer.
         num_teacher_columns: entries of the teacher's; None: the same tokenizer.
         teacher_head: W_t [V, D] with a cached teacher.
+        teacher_bias: [V] of that head, where it has one.
         teacher: the frozen model itself, with a live teacher; kept out of this module's state.
     """
 
@@ -96,6 +101,7 @@ class DistillationModule(TrainedModule):
         num_columns: int,
         num_teacher_columns: int | None = None,
         teacher_head: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
         teacher: nn.Module | None = None,
     ):
         super().__init__(student)
@@ -104,7 +110,8 @@ class DistillationModule(TrainedModule):
         # in a tuple, so that the teacher's weights are neither trained nor saved with this module
         self._teacher = (teacher,)
         self.register_buffer("teacher_head", teacher_head, persistent=False)
-        self._settings = objective.LossSettings(
+        self.register_buffer("teacher_bias", teacher_bias, persistent=False)
+        self._settings = LossSettings(
             divergence=config.divergence,
             options=DivergenceOptions(
                 temperature=config.kd_temperature,
@@ -121,18 +128,36 @@ class DistillationModule(TrainedModule):
     @contextlib.contextmanager
     def _heads(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield W_s and W_t, whole also under ZeRO-3; for setting up what depends on both."""
-        head = self.exported.get_output_embeddings().weight
-        with self._teacher_weight() as teacher_head, gathered([head]), torch.no_grad():
+        with self._teacher_weights() as (teacher_head, _), self._student_weights() as (head, _), torch.no_grad():
             yield head, teacher_head
 
     @contextlib.contextmanager
-    def _teacher_weight(self) -> Iterator[Tensor]:
+    def _student_weights(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield W_s and its bias, whole also under ZeRO-3; outside the forward pass, which gathers by itself."""
+        head, bias = head_of(self.exported)
+        with gathered([head] if bias is None else [head, bias]):
+            yield head, bias
+
+    @contextlib.contextmanager
+    def _teacher_weights(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         if self.teacher_head is not None:
-            yield self.teacher_head
+            yield self.teacher_head, self.teacher_bias
             return
-        weight = self._live_teacher().get_output_embeddings().weight
-        with gathered([weight]):
-            yield weight.detach()
+        head, bias = head_of(self._live_teacher())
+        with gathered([head] if bias is None else [head, bias]):
+            yield head.detach(), None if bias is None else bias.detach()
+
+    def check_heads(self) -> None:
+        """Make sure that the losses read what the models predict: the student, and a live teacher.
+
+        Raises:
+            ModelError: a model's logits are not its head applied to the last hidden state.
+        """
+        with self._student_weights():
+            check_head(self.exported)
+        if self._teacher[0] is not None:
+            with self._teacher_weights():
+                check_head(self._live_teacher())
 
     def _live_teacher(self) -> Any:
         teacher = self._teacher[0]
@@ -164,7 +189,7 @@ class DistillationModule(TrainedModule):
             return self._evaluation(student)
         items = self._items(student, num_items_in_batch)
         if not self._options.needs_teacher:
-            loss = objective.sft(student.rows, student.head, student.targets, items, self._settings.chunk)
+            loss = self._cross_entropy(student, items)
         elif generated is None:
             loss = self._taught(student, attention_mask, teaching, items, self._settings)
         else:
@@ -174,13 +199,19 @@ class DistillationModule(TrainedModule):
     def _read_student(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Reading:
         states = final_hidden(self.exported, input_ids, attention_mask)
         # after the pass: under ZeRO-3 that gives back what a tied embedding shares with the head
-        head = self.exported.get_output_embeddings().weight
-        return Reading(states, states[label_positions(labels)], head, input_ids, labels, next_labels(labels))
+        head, bias = head_of(self.exported)
+        return Reading(states, states[label_positions(labels)], head, bias, input_ids, labels, next_labels(labels))
 
     @staticmethod
     def _items(student: Reading, given: Tensor | int | None) -> Tensor:
+        """Return Z; 1 where nothing is counted, so that a step without any label is 0."""
         number = len(student.targets) if given is None else given
-        return torch.as_tensor(number, device=student.rows.device).float()
+        return torch.as_tensor(number, device=student.rows.device).float().clamp(min=1.0)
+
+    def _cross_entropy(self, student: Reading, items: Tensor) -> Loss:
+        return objective.sft(
+            student.rows, student.head, student.targets, items, self._settings.chunk, bias_V=student.bias
+        )
 
     def _taught(
         self,
@@ -188,39 +219,38 @@ class DistillationModule(TrainedModule):
         attention_mask: Tensor,
         teaching: dict[str, Tensor],
         items: Tensor,
-        settings: objective.LossSettings,
-    ) -> objective.Loss:
+        settings: LossSettings,
+    ) -> Loss:
         """(1 - alpha) CE + alpha KD on one batch, with the alpha of `settings`."""
-        ids = teaching.get("teacher_input_ids", student.input_ids)
-        mask = teaching.get("teacher_attention_mask", attention_mask)
-        labels = teaching.get("teacher_labels", student.labels)
+        own = {"input_ids": student.input_ids, "attention_mask": attention_mask, "labels": student.labels}
+        with self._read_teacher(own, teaching) as teacher:
+            return self._distil(student, teacher, teaching, items, settings)
+
+    @contextlib.contextmanager
+    def _read_teacher(self, own: dict[str, Tensor], teaching: dict[str, Tensor]) -> Iterator[Reading]:
+        """Yield what the teacher makes of the student's sequences `own`, or of its own ones in `teaching`."""
+        ids, mask, labels = (
+            teaching.get(f"teacher_{name}", own[name]) for name in ("input_ids", "attention_mask", "labels")
+        )
         states, rows = None, teaching.get("teacher_hidden")
         if rows is None:
             # before the head is gathered: under ZeRO-3 a forward pass gives back what it shares with the head
             states = self._live_states(ids, mask)
             rows = states[label_positions(labels)]
-        with self._teacher_weight() as head:
-            teacher = Reading(
-                states,
-                rows.to(head.dtype),
-                head,
-                ids,
-                labels,
-                next_labels(labels),
-                teaching.get("teacher_prediction"),
-            )
-            return self._distil(student, teacher, teaching, items, settings)
+        prediction = teaching.get("teacher_prediction")
+        with self._teacher_weights() as (head, bias):
+            yield Reading(states, rows.to(head.dtype), head, bias, ids, labels, next_labels(labels), prediction)
 
-    def _on_policy(self, student: Reading, items: Tensor, generated: dict[str, Tensor]) -> objective.Loss:
+    def _on_policy(self, student: Reading, items: Tensor, generated: dict[str, Tensor]) -> Loss:
         """(1 - alpha) CE on the data + alpha KD on what the student generated (v2)."""
         alpha, batch = self._settings.kd_rate, dict(generated)
         ids, mask, labels = (batch.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         own_items = self._items(student, batch.pop("num_items"))
-        ce = objective.sft(student.rows, student.head, student.targets, items, self._settings.chunk)
+        ce = self._cross_entropy(student, items)
         read = replace(self._read_student(ids, mask, labels), is_generated=True)
         kd = self._taught(read, mask, batch, own_items, replace(self._settings, kd_rate=1.0))
         parts = {f"on_policy_{name}": part for name, part in kd.parts.items() if name != "ce"}
-        return objective.Loss((1 - alpha) * ce.total + alpha * kd.total, ce.parts | parts)
+        return Loss((1 - alpha) * ce.total + alpha * kd.total, ce.parts | parts)
 
     def _distil(
         self,
@@ -228,11 +258,37 @@ class DistillationModule(TrainedModule):
         teacher: Reading,
         teaching: dict[str, Tensor],
         items: Tensor,
-        settings: objective.LossSettings,
-    ) -> objective.Loss:
+        settings: LossSettings,
+    ) -> Loss:
         return objective.vanilla_kd(
-            student.rows, student.head, teacher.rows, teacher.head, student.targets, items, settings
+            student.rows,
+            student.head,
+            teacher.rows,
+            teacher.head,
+            student.targets,
+            items,
+            settings,
+            student_bias_V=student.bias,
+            teacher_bias_V=teacher.bias,
         )
+
+    def _mask(self, default: Mask) -> Mask:
+        """Return which rows L_stu counts."""
+        return default if self._options.t2s_mask == "auto" else self._options.t2s_mask
+
+    def counted(self, batch: dict[str, Tensor], *, is_generated: bool) -> dict[str, Tensor]:
+        """Return what exact means over a step need of a batch before its first forward pass.
+
+        Args:
+            batch: as `forward` takes it, or its `generated`.
+            is_generated: the latter.
+
+        Returns:
+            Nothing where every sum is divided by Z. Else what `forward` takes beside the batch; its `step_counts`,
+            float [3] of label tokens, compared rows and those that L_stu counts, are of this batch and are to be
+            replaced by their sums over all batches of the step of this kind.
+        """
+        return {}
 
     @torch.no_grad()
     def _live_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -240,7 +296,9 @@ class DistillationModule(TrainedModule):
 
     @torch.no_grad()
     def _evaluation(self, student: Reading) -> dict[str, Any]:
-        losses = linear_cross_entropy_rows(student.rows, student.head, student.targets, chunk=self._settings.chunk)
+        losses = linear_cross_entropy_rows(
+            student.rows, student.head, student.targets, bias=student.bias, chunk=self._settings.chunk
+        )
         positions = label_positions(student.labels)
         nll = losses.new_zeros(len(positions)).index_add_(0, positions.nonzero()[:, 0], losses)
         mean = losses.sum() / max(len(student.targets), 1)

@@ -6,59 +6,45 @@ Legend: N label tokens, V vocabulary, d student's and D teacher's hidden size. A
 
 as a sum over tokens divided by `num_items` (the label tokens of the whole global batch), with the parts for logging.
 No logits of more than `chunk` tokens exist at a time. No gradient reaches a teacher's tensor, and there is no tau^2
-factor.
+factor. Biases of the heads are added in their own space, the student's as a constant where it reads the teacher.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from tenfold.platform.losses.divergence import DivergenceOptions
-from tenfold.platform.losses.fused_distillation import fused_linear_distillation
-from tenfold.platform.losses.fused_linear import (
-    fused_linear_cross_entropy,
-    fused_linear_divergence,
-    linear_argmax,
+from tenfold.methods.dskd.loss_parts import (
+    MATCHED,
+    Loss,
+    LossSettings,
+    Mask,
+    StepCounts,
+    best_tokens,
+    constant,
+    mean_part,
+    plain_sum,
+    row_count,
+    row_weights,
 )
+from tenfold.platform.losses.fused_distillation import fused_linear_distillation
+from tenfold.platform.losses.fused_linear import fused_linear_cross_entropy, fused_linear_divergence
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LossSettings:
-    """What all objectives share.
-
-    Attributes:
-        divergence: name in `tenfold.platform.losses.divergence.DIVERGENCES`.
-        options: temperature (tau) and the divergences' shapes.
-        kd_rate: alpha.
-        num_columns: entries of the tokenizer; padded rows of the heads are never compared.
-        chunk: tokens whose logits exist at once.
-    """
-
-    divergence: str
-    options: DivergenceOptions
-    kd_rate: float
-    num_columns: int
-    chunk: int
+__all__ = ["Loss", "LossSettings", "dual_space_v1", "dual_space_v2", "sft", "vanilla_kd"]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """The differentiable total and detached parts: name -> (sum, count)."""
-
-    total: Tensor
-    parts: dict[str, tuple[Tensor, Tensor]]
-
-
-def row_count(labels_N: Tensor) -> Tensor:
-    """Return N as a float scalar."""
-    return torch.tensor(float(len(labels_N)), device=labels_N.device)
-
-
-def sft(student_Nd: Tensor, head_Vd: Tensor, labels_N: Tensor, num_items: Tensor, chunk: int) -> Loss:
+def sft(
+    student_Nd: Tensor,
+    head_Vd: Tensor,
+    labels_N: Tensor,
+    num_items: Tensor,
+    chunk: int,
+    *,
+    bias_V: Tensor | None = None,
+) -> Loss:
     """Cross entropy alone: the baseline SFT, alpha = 0."""
-    total = fused_linear_cross_entropy(student_Nd, head_Vd, labels_N, chunk=chunk)
+    total = fused_linear_cross_entropy(student_Nd, head_Vd, labels_N, bias=bias_V, chunk=chunk)
     return Loss(total / num_items, {"ce": (total.detach(), row_count(labels_N))})
 
 
@@ -70,6 +56,9 @@ def vanilla_kd(
     labels_N: Tensor,
     num_items: Tensor,
     settings: LossSettings,
+    *,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
 ) -> Loss:
     """White-box distillation of one divergence between the two heads' distributions (v1, vanilla KD)."""
     sums = fused_linear_distillation(
@@ -82,6 +71,8 @@ def vanilla_kd(
         divergence_weight=row_weights(labels_N, settings.kd_rate),
         targets=labels_N,
         target_weight=row_weights(labels_N, 1 - settings.kd_rate),
+        student_bias=student_bias_V,
+        teacher_bias=teacher_bias_V,
         num_columns=settings.num_columns,
         chunk=settings.chunk,
     )
@@ -101,6 +92,11 @@ def dual_space_v1(
     labels_N: Tensor,
     num_items: Tensor,
     settings: LossSettings,
+    *,
+    mask: Mask = "none",
+    teacher_prediction_N: Tensor | None = None,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
 ) -> Loss:
     """DSKD, same vocabulary (arXiv 2406.17328): KD = L_stu + L_t2s_ce + L_tea.
 
@@ -117,9 +113,22 @@ def dual_space_v1(
         labels_N: gold next tokens, int64.
         num_items: label tokens of the global batch, scalar.
         settings: divergence, alpha, columns, chunk.
+        mask: rows that L_stu counts; its divisor stays `num_items` (v1's way).
+        teacher_prediction_N: argmax of z_t over the tokenizer's entries, int64, for the mask agreement; None computes
+            it there.
+        student_bias_V: of the student's head.
+        teacher_bias_V: of the teacher's head.
     """
     alpha, tau = settings.kd_rate, settings.options.temperature
     weight = row_weights(labels_N, alpha)
+    counted, parts = weight, {}
+    if mask != "none":
+        reference_N = labels_N if mask == "gold" else teacher_prediction_N
+        if reference_N is None:
+            reference_N = best_tokens(teacher_ND, teacher_head_VD, teacher_bias_V, settings)
+        matching = best_tokens(projected_teacher_Nd, student_head_Vd, student_bias_V, settings) == reference_N
+        counted = weight * matching
+        parts[MATCHED[mask]] = (matching.sum().float(), row_count(labels_N))
     student_space = fused_linear_distillation(
         student_Nd,
         student_head_Vd,
@@ -127,11 +136,13 @@ def dual_space_v1(
         student_head_Vd.detach(),
         divergence=settings.divergence,
         options=settings.options,
-        divergence_weight=weight,
+        divergence_weight=counted,
         targets=labels_N,
         target_weight=row_weights(labels_N, 1 - alpha),
         teacher_targets=labels_N,
         teacher_target_weight=weight,
+        student_bias=student_bias_V,
+        teacher_bias=student_bias_V,
         num_columns=settings.num_columns,
         chunk=settings.chunk,
     )
@@ -143,11 +154,13 @@ def dual_space_v1(
         divergence="forward_kl",
         row_weight=weight,
         temperature=tau,
+        student_bias=constant(teacher_bias_V),
+        teacher_bias=teacher_bias_V,
         num_columns=settings.num_columns,
         chunk=settings.chunk,
     )
     count = row_count(labels_N)
-    parts = {
+    parts |= {
         "ce": (plain_sum(student_space.cross_entropy, 1 - alpha), count),
         "student_space": (plain_sum(student_space.divergence, alpha), count),
         "t2s_ce": (plain_sum(student_space.teacher_cross_entropy, alpha), count),
@@ -171,15 +184,17 @@ def dual_space_v2(
     micro_batches: int = 1,
     agreement_threshold: float = 1.0,
     spaces: str = "both",
+    mask: Mask = "agreement",
+    counts: StepCounts | None = None,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
 ) -> Loss:
     """DSKDv2, same vocabulary, off-policy (arXiv 2504.11426): KD = L_stu + L_t2s_ce + L_tea.
 
     L_t2s_ce holds the projected teacher to the teacher's own prediction (not the gold label). L_stu counts tokens
-    where
-    the two agree and is the local mean over them, unless their share is above `agreement_threshold`: then it is the
-    sum
-    over all tokens. The threshold is on |agree| / N (official code: |agree| / Z, which can exceed 1). L_tea uses the
-    same divergence as L_stu.
+    where the two agree and is the mean over them, of this micro-batch or with `counts` of the step, unless their
+    share is above `agreement_threshold`: then it is the sum over all tokens. The threshold is on |agree| / N
+    (official code: |agree| / Z, which can exceed 1). L_tea uses the same divergence as L_stu.
 
     Args:
         student_Nd, student_head_Vd, teacher_ND, teacher_head_VD, labels_N, num_items, settings: as in `dual_space_v1`.
@@ -189,6 +204,10 @@ def dual_space_v2(
         micro_batches: forward passes of all ranks in one step; local means are averaged over them, as DeepSpeed does.
         agreement_threshold: in [0, 1].
         spaces: both, student (without L_tea) or teacher (L_tea alone).
+        mask: rows that L_stu counts: those that agree (v2), those that predict the gold label, or all.
+        counts: of the whole step, for exact means; `micro_batches` is not read then.
+        student_bias_V: of the student's head.
+        teacher_bias_V: of the teacher's head.
     """
     weight = row_weights(labels_N, settings.kd_rate) / num_items
     ce_weight = row_weights(labels_N, 1 - settings.kd_rate) / num_items
@@ -204,6 +223,8 @@ def dual_space_v2(
             # the second temperature belongs to the projected teacher alone
             options=replace(settings.options, teacher_temperature=1.0),
             divergence_weight=weight,
+            student_bias=constant(teacher_bias_V),
+            teacher_bias=teacher_bias_V,
             num_columns=settings.num_columns,
             predict=teacher_prediction_N is None and spaces == "both",
             chunk=settings.chunk,
@@ -215,15 +236,13 @@ def dual_space_v2(
             teacher_prediction_N = teacher_space.teacher_prediction
     if spaces == "teacher":
         ce = fused_linear_cross_entropy(
-            student_Nd, student_head_Vd, labels_N, row_weight=ce_weight, chunk=settings.chunk
+            student_Nd, student_head_Vd, labels_N, bias=student_bias_V, row_weight=ce_weight, chunk=settings.chunk
         )
         parts["ce"] = (plain_sum(ce.detach() * num_items, 1 - settings.kd_rate), row_count(labels_N))
         # the projector is no part of this ablation, but every trained parameter takes part in every step
         return Loss(total + ce + 0.0 * projected_teacher_Nd.sum(), parts)
     if teacher_prediction_N is None:
-        teacher_prediction_N = linear_argmax(
-            teacher_ND, teacher_head_VD, num_columns=settings.num_columns, chunk=settings.chunk
-        )
+        teacher_prediction_N = best_tokens(teacher_ND, teacher_head_VD, teacher_bias_V, settings)
     student_space = _student_space_v2(
         student_Nd,
         student_head_Vd,
@@ -234,6 +253,9 @@ def dual_space_v2(
         settings,
         micro_batches=micro_batches,
         agreement_threshold=agreement_threshold,
+        mask=mask,
+        counts=counts,
+        bias_V=student_bias_V,
     )
     return Loss(total + student_space.total, parts | student_space.parts)
 
@@ -249,20 +271,21 @@ def _student_space_v2(
     *,
     micro_batches: int,
     agreement_threshold: float,
+    mask: Mask,
+    counts: StepCounts | None,
+    bias_V: Tensor | None,
 ) -> Loss:
     """(1 - alpha) CE + alpha (L_stu + L_t2s_ce): all that the student's head reads, in one pass over its logits."""
     alpha, count = settings.kd_rate, row_count(labels_N)
     weight = row_weights(labels_N, alpha) / num_items
-    t2s_prediction = linear_argmax(
-        projected_teacher_Nd.detach(),
-        student_head_Vd.detach(),
-        num_columns=settings.num_columns,
-        chunk=settings.chunk,
-    )
-    agree = t2s_prediction == teacher_prediction_N
-    agreeing = agree.sum().float()
-    masked = bool(agreeing <= agreement_threshold * len(labels_N))
-    local = alpha * agree.float() / agreeing.clamp(min=1e-3) / micro_batches
+    matching = None if counts is None else counts.rows
+    if matching is None:
+        reference_N = labels_N if mask == "gold" else teacher_prediction_N
+        matching = best_tokens(projected_teacher_Nd, student_head_Vd, bias_V, settings) == reference_N
+    number = matching.sum().float()
+    whole = counts or StepCounts(count, number, micro_batches)
+    masked = mask != "none" and bool(whole.matching <= agreement_threshold * whole.pairs)
+    mean_of_matching = alpha * matching.float() / (whole.matching.clamp(min=1e-3) * whole.passes)
     sums = fused_linear_distillation(
         student_Nd,
         student_head_Vd,
@@ -270,29 +293,22 @@ def _student_space_v2(
         student_head_Vd.detach(),
         divergence=settings.divergence,
         options=settings.options,
-        divergence_weight=local if masked else weight,
+        divergence_weight=mean_of_matching if masked else weight,
         targets=labels_N,
         target_weight=row_weights(labels_N, 1 - alpha) / num_items,
         teacher_targets=teacher_prediction_N,
         teacher_target_weight=weight,
+        student_bias=bias_V,
+        teacher_bias=bias_V,
         num_columns=settings.num_columns,
         chunk=settings.chunk,
     )
-    divergence = sums.divergence * (micro_batches if masked else num_items)
     parts = {
         "ce": (plain_sum(sums.cross_entropy * num_items, 1 - alpha), count),
         "t2s_ce": (plain_sum(sums.teacher_cross_entropy * num_items, alpha), count),
-        "student_space": (plain_sum(divergence, alpha), torch.ones_like(count) if masked else count),
-        "t2s_agreement": (agreeing, count),
+        "student_space": (plain_sum(sums.divergence * num_items, alpha), count),
+        MATCHED[mask]: (number, count),
     }
+    if masked:
+        parts["student_space"] = mean_part(plain_sum(sums.divergence, alpha), whole, number, exact=counts is not None)
     return Loss(sums.total, parts)
-
-
-def row_weights(labels_N: Tensor, value: float) -> Tensor:
-    """Return [N] float32, all `value`."""
-    return torch.full(labels_N.shape, value, dtype=torch.float32, device=labels_N.device)
-
-
-def plain_sum(weighted_sum: Tensor, factor: float) -> Tensor:
-    """Return the plain sum of a part for logging; 0 where its factor is 0."""
-    return weighted_sum.detach() / factor if factor else torch.zeros_like(weighted_sum)

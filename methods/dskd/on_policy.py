@@ -8,18 +8,18 @@ official code samples with dropout and never learns EOS.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from tenfold.methods.dskd.alignment import byte_span
 from tenfold.methods.dskd.collator import TeachingCollator
 from tenfold.methods.dskd.config import DSKDConfig
+from tenfold.methods.dskd.step_trainer import Batches, StepTrainer
 from tenfold.methods.dskd.token_bytes import token_bytes
+from tenfold.methods.dskd.vllm_rollout import Engine, VllmEngine
 from tenfold.platform.data.positions import IGNORED
 from tenfold.platform.models.generation import generate_tokens
 from tenfold.platform.models.options import GenerationOptions
-from tenfold.platform.training.trainer import Trainer
 from torch import Tensor
 
 
@@ -32,13 +32,18 @@ class Rollout:
         teacher_tokenizer: the teacher's where it differs; its tokens are then aligned with the student's by bytes.
         collator: of the training data.
         seed: of the run.
+
+    Attributes:
+        engine: what generates in the place of transformers; None: transformers.
     """
+
+    engine: Engine | None = None
 
     def __init__(
         self, config: DSKDConfig, tokenizer: Any, teacher_tokenizer: Any, collator: TeachingCollator, seed: int
     ):
         assert config.on_policy is not None
-        self._options, self._data = config.on_policy, config.data
+        self._config, self._options, self._data = config, config.on_policy, config.data
         self._tokenizer, self._teacher_tokenizer = tokenizer, teacher_tokenizer
         self._collator, self._seed = collator, seed
         if teacher_tokenizer is not None:
@@ -49,6 +54,11 @@ class Rollout:
             top_p=self._options.top_p,
             top_k=self._options.top_k,
         )
+
+    def start_engine(self, model: Any, accelerator: Any) -> None:
+        """Start what generates, where it is not transformers; once, on every rank, before training."""
+        if self._options.engine == "vllm":
+            self.engine = VllmEngine(self._config, self._generation, model, accelerator, self._tokenizer)
 
     def chosen(self, step: int, epoch: float, passes: int) -> list[int]:
         """Return which forward passes of a step generate: drawn from (seed, step), so that all ranks agree.
@@ -63,7 +73,13 @@ class Rollout:
     def generate(self, model: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         """Return the batch that the student writes for the prompts of `batch`, as the collator gives it."""
         prompts = _prompts(batch["input_ids"], batch["attention_mask"], batch["labels"])
-        answers = generate_tokens(model, self._tokenizer, prompts, self._generation, seed=seed)
+        if self.engine is None:
+            answers = generate_tokens(model, self._tokenizer, prompts, self._generation, seed=seed)
+        else:
+            answers = self.engine.generate(prompts, seed)
+        # what the row keeps of it: pairs count these label positions
+        room = [self._data.max_length - len(prompt) for prompt in prompts]
+        answers = [answer[: max(size, 0)] for answer, size in zip(answers, room, strict=True)]
         rows = [self._row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         if self._teacher_tokenizer is not None:
             theirs = _prompts(*(batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "labels")))
@@ -99,7 +115,7 @@ class Rollout:
         }
 
 
-class OnPolicyTrainer(Trainer):
+class OnPolicyTrainer(StepTrainer):
     """Generates for the chosen forward passes of a step before its first one.
 
     Args:
@@ -109,10 +125,10 @@ class OnPolicyTrainer(Trainer):
     def __init__(self, *args: Any, rollout: Rollout, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._rollout = rollout
+        rollout.start_engine(self.model.exported, self.accelerator)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
-        """Return the forward passes' batches, with `generated` in some, and the label tokens of the data."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def prepare_step(self, batches: Batches) -> Batches:
+        """Add `generated` to some of the batches, then the counts."""
         step = self.state.global_step
         generated = {
             number: self._rollout.generate(
@@ -127,7 +143,7 @@ class OnPolicyTrainer(Trainer):
             total = self.accelerator.reduce(torch.tensor(float(own), device=self.args.device), reduction="sum")
             for number, batch in generated.items():
                 batches[number] = {**batches[number], "generated": {**batch, "num_items": total.clamp(min=1.0)}}
-        return batches, num_items
+        return super().prepare_step(batches)
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[list[int]]:

@@ -33,14 +33,10 @@ def find_alignment(config: DSKDConfig) -> Alignment:
             "tokenizer, or use config.objective=dual_space_v2 (dual_space_v1, overlap_kd, uld, mined, seqkd and sft "
             "take two as well)"
         )
-    if alignment == "eta" and config.eta_mode == "byte_span":
+    # generated text is aligned by bytes whatever the mode
+    if alignment != "none" and ((alignment == "eta" and config.eta_mode == "byte_span") or config.on_policy):
         for tokenizer in (student, teacher):
             token_bytes(tokenizer)  # raises for one whose tokens are no bytes
-    if config.on_policy is not None and alignment == "cma":
-        raise ConfigError(
-            "config.on_policy: cross-model attention needs gold labels, which generated text has not; use "
-            "config.objective=dual_space_v2"
-        )
     return alignment
 
 

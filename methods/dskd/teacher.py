@@ -33,14 +33,15 @@ def teacher_dtype(config: DSKDConfig) -> str:
     return config.teacher_dtype
 
 
-def cache_key(teacher: ModelSource, dtype: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Return the digest that names the cached states of these rows."""
+def cache_key(teacher: ModelSource, dtype: str, num_columns: int, rows: Sequence[dict[str, Any]]) -> str:
+    """Return the digest that names the cached states of these rows; predictions are among `num_columns` tokens."""
     from tenfold.platform.models.manifest import model_digest
     from tenfold.platform.models.references import resolve
 
     content = {
         "teacher": model_digest(resolve(teacher)),
         "dtype": dtype,
+        "columns": num_columns,
         "rows": [[row["input_ids"], row["labels"]] for row in rows],
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
@@ -57,11 +58,13 @@ class TeacherStates:
 
 def encode_rows(context: RunContext, config: DSKDConfig, rows: Sequence[dict[str, Any]], name: str) -> TeacherStates:
     """Make sure the teacher's states of `rows` are in the cache."""
-    dtype = teacher_dtype(config)
-    folder = f"teacher/{cache_key(config.teacher, dtype, rows)}"
+    from tenfold.platform.models.loading import load_tokenizer
+
+    dtype, num_columns = teacher_dtype(config), len(load_tokenizer(config.teacher))
+    folder = f"teacher/{cache_key(config.teacher, dtype, num_columns, rows)}"
     logger.info("teacher reads %d %s rows, unless it has read them before (%s)", len(rows), name, dtype)
     plain = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
-    common = {"teacher": config.teacher.model_dump(mode="json"), "dtype": dtype}
+    common = {"teacher": config.teacher.model_dump(mode="json"), "dtype": dtype, "num_columns": num_columns}
     results = fill_shards(context, folder, encode_shard, plain, common)
     nll, labels = (sum(result[name] for result in results) for name in ("nll", "labels"))
     return TeacherStates(folder, nll, labels)
@@ -106,7 +109,7 @@ def encode_shard(item: dict[str, Any]) -> dict[str, Any]:
             nll += linear_cross_entropy_rows(states, head, targets, bias=bias).double().sum().item()
             labels += len(targets)
             sizes = positions.sum(1).tolist()
-            best = linear_argmax(states, head, bias=bias).int().split(sizes)
+            best = linear_argmax(states, head, bias=bias, num_columns=item["num_columns"]).int().split(sizes)
             for index, own, top in zip(chosen, states.split(sizes), best, strict=True):
                 columns[index] = {"teacher_hidden": own.cpu(), "teacher_prediction": top.cpu()}
     write_shard(item, columns)

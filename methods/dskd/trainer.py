@@ -13,17 +13,19 @@ from tenfold.methods.dskd.module import DistillationModule
 from tenfold.methods.dskd.on_policy import OnPolicyTrainer, Rollout
 from tenfold.methods.dskd.pairing import read_minimum_edit_tables, teacher_rows
 from tenfold.methods.dskd.sequence_level import with_responses
+from tenfold.methods.dskd.step_trainer import StepTrainer
 from tenfold.methods.dskd.teacher import teacher_dtype
 from tenfold.methods.dskd.vocabulary import overlap, teacher_labels
 from tenfold.platform.data.examples import load_examples
 from tenfold.platform.data.shards import ShardedRows
 from tenfold.platform.data.tokenise import tokenised_dataset
-from tenfold.platform.models.heads import embedding_from_folder, head_from_folder
+from tenfold.platform.models.adapters import add_adapter
+from tenfold.platform.models.heads import embedding_from_folder, head_and_bias_from_folder
 from tenfold.platform.models.loading import load_causal_lm, load_tokenizer
 from tenfold.platform.models.randomness import seeded
 from tenfold.platform.models.references import resolve
 from tenfold.platform.storage import Storage
-from tenfold.platform.training.frozen import prepare_frozen
+from tenfold.platform.training.frozen import load_frozen
 from tenfold.platform.training.trainer import Trainer, perplexity_metrics
 from tenfold.platform.training.worker import WorkerContext
 
@@ -54,6 +56,8 @@ def build_trainer(context: WorkerContext) -> Trainer:
     rows: Any = tokenised_dataset(examples, tokenizer, config.data)
     validation = tokenised_dataset(splits.validation, tokenizer, config.data)
     student = load_causal_lm(config.student, seed=context.seed, dtype="float32")
+    if config.lora is not None:
+        add_adapter(student, config.lora, seed=context.seed)
     teacher_tokenizer, parts = tokenizer, {}
     if config.needs_teacher:
         teacher_tokenizer = load_tokenizer(config.teacher)
@@ -80,7 +84,7 @@ def build_trainer(context: WorkerContext) -> Trainer:
         "projector_learning_rate": config.projector_learning_rate,
     }
     if config.on_policy is None:
-        return Trainer(**settings)
+        return StepTrainer(**settings)
     other = teacher_tokenizer if payload["alignment"] != "none" else None
     return OnPolicyTrainer(rollout=Rollout(config, tokenizer, other, collator, context.seed), **settings)
 
@@ -93,12 +97,19 @@ def make_module(student: Any, config: DSKDConfig, alignment: Alignment, **parts:
 def _teacher_parts(context: WorkerContext, config: DSKDConfig) -> dict[str, Any]:
     """Return the live teacher, or of a cached one the weights that the loss reads."""
     if config.teacher_mode == "live":
-        model = load_causal_lm(config.teacher, dtype=teacher_dtype(config))
-        return {"teacher": prepare_frozen(model, context.deepspeed, context.arguments.device)}
+        teacher = load_frozen(
+            config.teacher,
+            dtype=teacher_dtype(config),
+            deepspeed_settings=context.deepspeed,
+            device=context.arguments.device,
+            offload=config.teacher_offload,
+        )
+        return {"teacher": teacher}
     # float32 mathematics needs float32 weights; a bfloat16 student takes the smaller form
     dtype = torch.bfloat16 if context.arguments.bf16 else torch.float32
     folder = resolve(config.teacher)
-    parts: dict[str, Any] = {"teacher_head": head_from_folder(folder).to(dtype)}
+    head, bias = head_and_bias_from_folder(folder)
+    parts: dict[str, Any] = {"teacher_head": head.to(dtype), "teacher_bias": None if bias is None else bias.to(dtype)}
     if context.config["alignment"] == "cma":
         parts["teacher_embedding"] = embedding_from_folder(folder).to(dtype)
     return parts
@@ -116,7 +127,7 @@ def _vocabulary_parts(
     parts: dict[str, Any] = {"num_teacher_columns": len(teacher_tokenizer)}
     if alignment in ("cma", "eta"):
         parts["overlap"] = overlap(*vocabularies, *ends, topk_vocab=config.topk_vocab)
-    if config.objective == "dual_space_v2":
+    if config.objective in ("dual_space_v1", "dual_space_v2"):
         parts["t2s_id"] = teacher_labels(*vocabularies, *ends, len(teacher_tokenizer))
     if alignment == "mined":
         parts["student_to_teacher"] = read_minimum_edit_tables(Storage(payload["cache"]), payload["tables"])[1]

@@ -18,6 +18,7 @@ from typing import Any
 from tenfold.platform.data.config import DataSource
 from tenfold.platform.deadline import run_with_deadline
 from tenfold.platform.errors import DataError
+from tenfold.platform.paths import expanded
 
 ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 OPEN_SECONDS = 60
@@ -131,7 +132,7 @@ def _open(path: str, shown: str) -> Any:
     try:
         if "://" in path:
             return run_with_deadline(remote, OPEN_SECONDS, f"opening {shown}")
-        return LocalFileSystem().open_input_file(str(Path(path).expanduser().absolute()))
+        return LocalFileSystem().open_input_file(str(expanded(path).absolute()))
     except FileNotFoundError as error:
         raise DataError(f"{shown}: no such file; relative paths start at {Path.cwd()}") from error
     except (OSError, ArrowException) as error:
@@ -214,7 +215,7 @@ def _ray_kind(path: str) -> str:
 
 def _local_rows(path: str, shown: str) -> Rows:
     """Yield what Ray Data would: the rows of one file, or of a folder's files in the order of their names."""
-    kind, place = _ray_kind(path), Path(path).expanduser()
+    kind, place = _ray_kind(path), expanded(path)
     inside = sorted(file for file in place.rglob("*") if ENDINGS.get(file.suffix) == kind)
     rows = (row for file in inside or [place] for row, _ in _plain_rows(kind, str(file), shown))
     for number, row in enumerate(rows, start=1):
@@ -227,7 +228,7 @@ def _ray_data(path: str) -> Any:
     import ray.data
 
     # Workers have another current directory.
-    place = path if "://" in path else str(Path(path).expanduser().absolute())
+    place = path if "://" in path else str(expanded(path).absolute())
     kind = _ray_kind(path)
     if kind == "parquet":
         return ray.data.read_parquet(place)

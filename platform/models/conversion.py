@@ -10,6 +10,7 @@ from tenfold.platform.errors import ModelError
 from tenfold.platform.models.cache import build_once, cache_folder
 from tenfold.platform.models.folder import file_digest
 from tenfold.platform.models.manifest import Parent, verify_manifest, write_manifest
+from tenfold.platform.models.sharding import sharded_by
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +83,14 @@ def _convert(path: Path, digest: str, folder: Path) -> None:
     started = time.monotonic()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            trust_remote_code=False,
-        )
+        with sharded_by(None):  # a worker that trains with ZeRO-3 may be the first to need it
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+            )
     except Exception as error:
         # The reader lets errors of many kinds through.
         raise ModelError(

@@ -12,10 +12,28 @@ from tenfold.platform.models.hidden import check_head, final_hidden
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["check_head", "embedding_from_folder", "final_hidden", "head_from_folder", "head_of", "head_shape"]
+__all__ = [
+    "check_head",
+    "check_logit_options",
+    "embedding_from_folder",
+    "final_hidden",
+    "head_and_bias_from_folder",
+    "head_from_folder",
+    "head_of",
+    "head_shape",
+]
 
+# Options of a configuration that change logits after the head's product, and the values with which they do not.
+LOGIT_OPTIONS: dict[str, tuple[float | None, ...]] = {
+    "final_logit_softcapping": (None,),
+    "logits_soft_cap": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "output_multiplier": (None, 1.0),
+    "lm_head_multiplier": (None, 1.0),
+}
 # Heads that transformers renames while loading.
 STORED_NAMES = {"gpt_neox": ("embed_out.weight",)}
 
@@ -45,6 +63,35 @@ def head_shape(model: PreTrainedModel) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def check_logit_options(config: PretrainedConfig) -> None:
+    """Make sure, before any weight is read, that a configuration asks for no change of the head's logits.
+
+    `check_head` finds out the same, and what no option says, from the weights.
+
+    Raises:
+        ModelError: it scales or caps them (Gemma 2, Cohere, Granite); names the option.
+    """
+    own = config.get_text_config()
+    for name, harmless in LOGIT_OPTIONS.items():
+        value = getattr(own, name, None)
+        if value not in harmless:
+            raise ModelError(
+                f"{own.model_type}: {name} = {value} in its config.json changes the logits after the head. Losses "
+                "that read the head itself, and projectors fitted to it, need plain logits; use another model"
+            )
+
+
+def head_and_bias_from_folder(folder: Path) -> tuple[Tensor, Tensor | None]:
+    """Read only the head of a model folder: its weight [V, D] and its bias [V], where it has one.
+
+    Raises:
+        ModelError: as `head_from_folder`, except for the bias.
+    """
+    model = skeleton(read_config(folder))
+    weight, bias = head_of(model)
+    return _stored(folder, model, weight), None if bias is None else _stored(folder, model, bias)
+
+
 def head_from_folder(folder: Path) -> Tensor:
     """Read only the head's weight [V, D] of a model folder, in the dtype of the file; a tied one is the embedding.
 
@@ -56,7 +103,7 @@ def head_from_folder(folder: Path) -> Tensor:
     weight, bias = head_of(model)
     if bias is not None:
         raise ModelError(
-            f"{folder}: the head of a {model.config.model_type} has a bias. Load the model and use head_of"
+            f"{folder}: the head of a {model.config.model_type} has a bias. Use head_and_bias_from_folder"
         )
     return _stored(folder, model, weight)
 

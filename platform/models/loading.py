@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import ModelError
+from tenfold.platform.models.adapters import base_model, is_adapter, merge_adapter, tokenizer_place
 from tenfold.platform.models.configuration import fresh_config, read_config, skeleton
 from tenfold.platform.models.conversion import check_gguf, convert_gguf, converted_folder, damage
 from tenfold.platform.models.folder import VOCABULARIES, weight_files
@@ -86,6 +87,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     own = source.tokenizer is None
     reference = source.tokenizer or source.model or ""
     place = locate(reference, revision=source.revision if own else None, weights=False, code=source.trust_remote_code)
+    if is_adapter(place):
+        place = tokenizer_place(place)
     folder, gguf = _folder_or_gguf(place, source.sha256 if own else None)
     tokenizer = _read_tokenizer(folder, gguf, source.trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -173,7 +176,7 @@ def _checked_folder(source: ModelSource) -> Path:
     if place.is_file():
         folder = convert_gguf(place, sha256=source.sha256)
     else:
-        folder = place
+        folder = merge_adapter(place) if is_adapter(place) else place
         check_digest(folder, source.sha256)
     read_config(folder, trust_remote_code=source.trust_remote_code)
     weight_files(folder)
@@ -232,21 +235,8 @@ def describe(source: ModelSource) -> ModelFacts:
     Raises:
         ModelError: model or tokenizer are missing, damaged, or do not fit together.
     """
-    digest = None
-    dtype = source.dtype
-    if source.config is not None:
-        tokenizer = load_tokenizer(source)
-        config = fresh_config(source.config, tokenizer)
-    else:
-        place = locate(source.model or "", revision=source.revision, weights=False, code=source.trust_remote_code)
-        folder, gguf = _folder_or_gguf(place, source.sha256)
-        config = read_config(folder, trust_remote_code=source.trust_remote_code, gguf_file=gguf)
-        tokenizer = load_tokenizer(source)
-        if place.is_file():
-            digest = check_gguf(place, source.sha256)
-            dtype = "float32" if dtype == "auto" else dtype
-        elif (place / MANIFEST_NAME).is_file():
-            digest = read_manifest(place).digest
+    config, dtype, digest = _known(source)
+    tokenizer = load_tokenizer(source)
     model = skeleton(config, trust_remote_code=source.trust_remote_code)
     rows, columns = head_shape(model)
     check_fit(source.name, len(tokenizer), rows)
@@ -261,6 +251,34 @@ def describe(source: ModelSource) -> ModelFacts:
         tokenizer_length=len(tokenizer),
         digest=digest,
     )
+
+
+def outline(source: ModelSource) -> PreTrainedModel:
+    """Return a source's model without weights (on torch's meta device).
+
+    Raises:
+        ModelError: model or tokenizer are missing or damaged.
+    """
+    config, _, _ = _known(source)
+    return skeleton(config, trust_remote_code=source.trust_remote_code)
+
+
+def _known(source: ModelSource) -> tuple[PretrainedConfig, str, str | None]:
+    """Return (configuration, dtype that is asked for, digest where it costs nothing)."""
+    if source.config is not None:
+        return fresh_config(source.config, load_tokenizer(source)), source.dtype, None
+    place = locate(source.model or "", revision=source.revision, weights=False, code=source.trust_remote_code)
+    if is_adapter(place):
+        base = {"model": str(base_model(place, weights=False)), "sha256": None, "revision": None}
+        config, dtype, _ = _known(source.model_copy(update=base))
+        return config, dtype, None  # the merged model's digest is known when it has been merged
+    folder, gguf = _folder_or_gguf(place, source.sha256)
+    config = read_config(folder, trust_remote_code=source.trust_remote_code, gguf_file=gguf)
+    if place.is_file():
+        digest = check_gguf(place, source.sha256)
+        return config, "float32" if source.dtype == "auto" else source.dtype, digest
+    known = read_manifest(place).digest if (place / MANIFEST_NAME).is_file() else None
+    return config, source.dtype, known
 
 
 def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from tenfold.platform.errors import ModelError
 from tenfold.platform.models import hub, mlflow_models
+from tenfold.platform.models.adapters import is_adapter, merge_adapter
 from tenfold.platform.models.conversion import convert_gguf
 from tenfold.platform.models.folder import WEIGHTS, WEIGHTS_INDEX
 from tenfold.platform.models.manifest import MANIFEST_NAME, check_digest, verify_manifest
 from tenfold.platform.models.source import REFERENCE_FORMS, ModelSource
+from tenfold.platform.paths import expanded
 
 PACKAGE = "package:"
 SAMPLE = "sample:"
@@ -25,7 +27,7 @@ def resolve(
     revision: str | None = None,
     tracking_uri: str | None = None,
 ) -> Path:
-    """Return the local model folder that a reference means, fetching and converting at the first use.
+    """Return the local model folder that a reference means; fetched, converted or merged at the first use.
 
     Every file that a manifest names is compared with its digest, so this reads all weights once in a process; `locate`
     does not.
@@ -50,6 +52,8 @@ def resolve(
     place = locate(reference, revision=revision, tracking_uri=tracking_uri, code=code)
     if place.is_file():
         return convert_gguf(place, sha256=sha256)
+    if is_adapter(place):
+        place = merge_adapter(place)
     if (place / MANIFEST_NAME).is_file():
         verify_manifest(place)
     check_digest(place, sha256)
@@ -96,7 +100,7 @@ def locate(
 
 def _local(reference: str) -> Path | None:
     """Return an existing path; None for what can only be a hub name."""
-    path = Path(reference).expanduser().absolute()
+    path = expanded(reference).absolute()
     if path.exists() and reference.strip():
         return path
     if not hub.HUB_NAME.fullmatch(reference) or reference.endswith(GGUF):

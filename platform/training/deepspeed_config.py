@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.experiment import DEEPSPEED_PRESETS
+from tenfold.platform.paths import expanded
 from tenfold.platform.validation import did_you_mean
 
 # Not train_batch_size: under ZeRO-3 DeepSpeed checks it while models load, before it knows the number of workers.
 BATCH_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# Sections that transformers obeys instead of the Trainer: projectors would lose their learning rate, norms get decay.
+TRAINING_KEYS = {
+    "optimizer": "learning_rate, weight_decay and adam_*",
+    "scheduler": "lr_scheduler_type and warmup_steps",
+}
 AUTO_KEYS = {
     **dict.fromkeys(BATCH_KEYS, "auto"),
     "gradient_clipping": "auto",
@@ -40,13 +45,12 @@ def deepspeed_config(setting: str | dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"compute.deepspeed = {setting!r}: give one of {', '.join(DEEPSPEED_PRESETS)}, or a path to a .json file"
         )
-    path = Path(setting)
+    path = expanded(setting)
     try:
-        path = path.expanduser()
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"compute.deepspeed = {setting!r}: no such file") from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"compute.deepspeed: {path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"compute.deepspeed: {path} holds {type(content).__name__}, DeepSpeed needs a JSON object")
@@ -91,6 +95,12 @@ def _own(content: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"compute.deepspeed.train_batch_size: leave it out; {', '.join(BATCH_KEYS)} and workers decide"
         )
+    for key, decided_by in TRAINING_KEYS.items():
+        if key in config:
+            raise ConfigError(
+                f"compute.deepspeed.{key}: leave it out; {decided_by} of config.training decide. DeepSpeed's own "
+                "would replace the method's parameter groups and schedule without a word"
+            )
     zero = config["zero_optimization"]
     if not isinstance(zero, dict) or zero.get("stage") == "auto":
         raise ConfigError(f"compute.deepspeed.zero_optimization = {zero!r}: needs a section such as {{stage: 2}}")

@@ -6,6 +6,7 @@ directly, and what puts projectors and other helpers under the same optimizer, c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ class TrainedModule(nn.Module):
     * in eval mode also `nll` [B] and `num_labels` [B]: the model's own next-token loss, summed per row.
 
     Attributes:
-        exported: the model that checkpoints keep in Hugging Face form; everything else is a training aid.
+        exported: the model that checkpoints keep in Hugging Face form; everything else is a training aid. It may have
+            an adapter (`models.adapters`), which is merged in that form.
         micro_batches: forward passes of all ranks in this optimizer step; the Trainer sets it, since the last step of
             an epoch may have fewer.
     """
@@ -46,6 +48,21 @@ class TrainedModule(nn.Module):
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the exported model's activations in backward."""
         self.exported.gradient_checkpointing_enable(**kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what was trained: checkpoints leave frozen weights out, which are as they were loaded at first.
+
+        Raises:
+            RuntimeError: a trained weight or a buffer is missing, or a name is unknown, with `strict`.
+        """
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        frozen = {
+            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+        }
+        wrong = [name for name in found.missing_keys if name not in frozen] + found.unexpected_keys
+        if strict and wrong:
+            raise RuntimeError(f"a checkpoint of another training: {len(wrong)} names differ, the first is {wrong[0]}")
+        return found
 
     def projector_parameters(self) -> list[nn.Parameter]:
         """Return the parameters outside the exported model; they have their own learning rate."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tenfold.platform.models.adapters import merged_weights
 from torch import Tensor, nn
 
 COSINE_FLOOR = 1e-7
@@ -18,7 +20,8 @@ class Trainer(transformers.Trainer):
 
     * The loss is the exact mean over the label tokens of the global batch, whatever the ranks, the accumulation or the
       lengths (transformers divides by the gathered count; the module returns a sum over it).
-    * Checkpoints hold the exported model in Hugging Face form beside DeepSpeed's state.
+    * Checkpoints hold the exported model in Hugging Face form, an adapter merged into it, beside DeepSpeed's state,
+      which leaves out frozen weights.
     * Evaluation sums next-token loss and label counts per row, so perplexity does not depend on batches or ranks.
 
     Args:
@@ -60,7 +63,10 @@ class Trainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build AdamW: no decay on one-dimensional parameters, projectors with their own learning rate."""
+        """Build AdamW: no decay on one-dimensional parameters, projectors with their own learning rate.
+
+        An adapter consists of matrices: its parameters are one group, with decay (DSKD, arXiv 2406.17328).
+        """
         if self.optimizer is None:
             projectors = {id(parameter) for parameter in self.model.projector_parameters()}
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -105,6 +111,15 @@ class Trainer(transformers.Trainer):
         pairs = torch.stack([outputs["nll"].float(), outputs["num_labels"].float()], dim=1)
         return outputs["loss"].detach().mean(), pairs, outputs["num_labels"]
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Have DeepSpeed leave frozen weights out of its state: a resumed run loads them where they came from."""
+        engine: Any = self.model_wrapped
+        engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            del engine.save_checkpoint  # the class's own again
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save the exported model alone, in Hugging Face form; DeepSpeed's files beside it hold the rest."""
         if not self.args.should_save:
@@ -114,7 +129,7 @@ class Trainer(transformers.Trainer):
         prefix = "exported."
         weights = state_dict if state_dict is not None else self.model.state_dict()
         kept = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        self.model.exported.save_pretrained(folder, state_dict=kept)
+        self.model.exported.save_pretrained(folder, state_dict=merged_weights(self.model.exported, kept))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

@@ -219,3 +219,26 @@ def test_mined_of_a_micro_batch_without_labels_is_zero_with_a_graph():
     assert loss.total.item() == 0
     loss.total.backward()
     assert t["student_head"].grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("objective", ["uld", "mined"])
+def test_a_bias_is_a_column_of_the_head_that_reads_a_one(objective):
+    t = tensors(4)
+    generator = torch.Generator().manual_seed(9)
+    own, theirs = (torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in (11, 13))
+    wide = {name: torch.cat([t[name], torch.ones(len(t[name]), 1)], 1) for name in ("student", "teacher")}
+    wide["student_head"] = torch.cat([t["student_head"], own[:, None]], 1)
+    wide["teacher_head"] = torch.cat([t["teacher_head"], theirs[:, None]], 1)
+    wide["labels"] = t["labels"]
+    if objective == "uld":
+        states = [t[name] for name in ("student", "student_head", "teacher", "teacher_head")]
+        biases = {"student_bias_V": own, "teacher_bias_V": theirs}
+        found = uld(*states, *PAIRS, t["labels"], ONE, settings(10), 12, **biases)
+        expected = run_uld(wide, settings(10), 12)
+    else:
+        rows, bias = mined_teacher_head(t["teacher_head"], BACKWARD, theirs)
+        states = [t[name] for name in ("student", "student_head", "teacher")]
+        found = mined(*states, rows, bias, POSITIONS, t["labels"], ONE, settings(10), student_bias_V=own)
+        expected = run_mined(wide, settings(10))
+    assert_same(found.total, expected.total, t | {"own": own, "theirs": theirs})
+    assert torch.autograd.grad(found.total, own)[0].abs().sum() > 0

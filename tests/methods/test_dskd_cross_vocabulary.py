@@ -4,6 +4,7 @@ import pytest
 import torch
 from tenfold.methods.dskd.cross_model_attention import Sequences, cross_model_attention
 from tenfold.methods.dskd.cross_vocabulary import dual_space_v1_cma, dual_space_v2_eta, labelled_pairs, overlap_kd
+from tenfold.methods.dskd.loss_parts import StepCounts
 from tenfold.methods.dskd.objective import LossSettings, dual_space_v2
 from tenfold.methods.dskd.projectors import student_to_teacher, teacher_to_student
 from tenfold.platform.losses.divergence import DivergenceOptions
@@ -338,7 +339,7 @@ def test_unaligned_rows_and_neighbours_do_not_touch_the_distillation():
 STUDENT_OVERLAP, TEACHER_OVERLAP = torch.tensor([0, 2, 3, 7, 9]), torch.tensor([5, 1, 0, 11, 4])
 
 
-def run_overlap(t, options=None, items=ONE, rows=slice(None)):
+def run_overlap(t, options=None, items=ONE, rows=slice(None), **keywords):
     return overlap_kd(
         t["student"],
         t["student_head"],
@@ -349,6 +350,7 @@ def run_overlap(t, options=None, items=ONE, rows=slice(None)):
         t["labels"],
         items,
         options or settings(),
+        **keywords,
     )
 
 
@@ -382,3 +384,96 @@ def test_overlap_without_a_pair_is_the_cross_entropy_alone():
     assert_same(loss.total, 0.7 * cross_entropy(t["student"] @ t["student_head"].T, t["labels"], reduction="sum"), t)
     empty = t | {"student": t["student"][:0], "labels": t["labels"][:0]}
     assert run_overlap(empty, rows=slice(0, 0)).total.item() == 0
+
+
+def with_biases(t):
+    """Heads with a bias, and the same as heads with one more column that reads a 1."""
+    generator = torch.Generator().manual_seed(9)
+    t = t | {
+        name: torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+        for name, size in (("bias", V_S), ("teacher_bias", V_T))
+    }
+    wide = t | {
+        name: torch.cat([t[name], torch.ones(len(t[name]), 1)], 1)
+        for name in ("student", "teacher", "t2s", "s2t", "t2s_pairs", "s2t_pairs")
+    }
+    wide["student_head"] = torch.cat([t["student_head"], t["bias"][:, None]], 1)
+    wide["teacher_head"] = torch.cat([t["teacher_head"], t["teacher_bias"][:, None]], 1)
+    return t, wide
+
+
+@pytest.mark.parametrize("objective", ["cma", "eta", "overlap"])
+def test_a_bias_is_a_column_of_the_head_that_reads_a_one(objective):
+    t, wide = with_biases(tensors(3))
+    biases = {"student_bias_V": t["bias"], "teacher_bias_V": t["teacher_bias"]}
+    if objective == "cma":
+        states = ("student", "student_head", "teacher", "teacher_head", "t2s", "s2t", "labels")
+        found, expected = (
+            dual_space_v1_cma(*(one[name] for name in states), ONE, settings(), COLUMNS_T, **more)
+            for one, more in ((t, biases), (wide, {}))
+        )
+    elif objective == "eta":
+        found, expected = run_eta(t, **biases), run_eta(wide)
+    else:
+        own = {"student_bias_V": t["bias"], "teacher_overlap_bias_v": t["teacher_bias"].detach()[TEACHER_OVERLAP]}
+        found, expected = run_overlap(t, **own), run_overlap(wide)
+    assert_same(found.total, expected.total, t)
+    assert torch.autograd.grad(found.total, t["bias"])[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.1])
+def test_eta_with_the_counts_of_a_step_adds_up_over_its_micro_batches(threshold):
+    """Two micro-batches of other pairs, with counts of both, are one of all pairs."""
+    t, items = tensors(3), torch.tensor(20.0)
+    labels = agreeing_labels(t, [0, 3])
+    best = (t["t2s_pairs"] @ t["student_head"].T)[:, :COLUMNS_S].argmax(-1)
+    more = {"labels": labels, "agreement_threshold": threshold}
+    whole = run_eta(t, items=items, **more)
+    parts = []
+    for rows in (slice(0, 2), slice(2, 5)):
+        counts = StepCounts(torch.tensor(5.0), torch.tensor(2.0), 1.0, (best == labels)[rows])
+        parts.append(run_eta(t, items=items, rows=rows, counts=counts, micro_batches=2, **more))
+    ce = 0.7 * whole.parts["ce"][0] / items  # all of the cross entropy is in each of the two
+    torch.testing.assert_close(sum(part.total for part in parts) - ce, whole.total)
+    for name in ("student_space", "t2s_ce", "teacher_space"):
+        total, count = (sum(values) for values in zip(*(part.parts[name] for part in parts), strict=True))
+        torch.testing.assert_close(total / count, whole.parts[name][0] / whole.parts[name][1])
+    # a mean over the passes that wrote themselves has their share of the step
+    counts = StepCounts(torch.tensor(5.0), torch.tensor(2.0), 4.0, best == labels)
+    share = run_eta(t, settings(alpha=1.0), items, counts=counts, **more).total
+    torch.testing.assert_close(4 * share, run_eta(t, settings(alpha=1.0), items, **more).total)
+
+
+def test_eta_masked_by_gold_labels_or_not_at_all():
+    t = tensors(3)
+    best = (t["t2s_pairs"] @ t["student_head"].T)[:, :COLUMNS_S].argmax(-1)
+    t["labels"][STUDENT_INDEX[:2]] = best[:2]
+    t["labels"][STUDENT_INDEX[2:]] = (best[2:] + 1) % COLUMNS_S
+    own = (t["student"] @ t["student_head"].T)[STUDENT_INDEX, :COLUMNS_S]
+    rows = divergence(own, (t["t2s_pairs"] @ t["student_head"].T)[:, :COLUMNS_S], 2.0).detach()
+    for mask, expected in (("gold", rows[:2].mean()), ("none", rows.mean())):
+        total, count = run_eta(t, mask=mask).parts["student_space"]
+        torch.testing.assert_close(total / count, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cma_on_generated_text_averages_over_the_tokens_that_it_predicts():
+    """Labels are the teacher's predictions where there are any: 2 of 7 have none, L_tea stays divided by Z."""
+    t, items = tensors(2), torch.tensor(12.0)
+    t["labels"][[1, 5]] = -100
+    states = ("student", "student_head", "teacher", "teacher_head", "t2s", "s2t", "labels")
+    loss = dual_space_v1_cma(*(t[name] for name in states), items, settings(alpha=1.0), COLUMNS_T, passes=3)
+    read = t["t2s"] @ t["student_head"].detach().T
+    correct = read[:, :COLUMNS_S].argmax(-1) == t["labels"]
+    assert 0 < correct.sum() < 5
+    rows = divergence((t["student"] @ t["student_head"].T)[:, :COLUMNS_S], read[:, :COLUMNS_S], 2.0)
+    lifted, z_t = t["s2t"] @ t["teacher_head"].detach().T, t["teacher"] @ t["teacher_head"].T
+    in_teacher = divergence(lifted[:, :COLUMNS_T], z_t.detach()[:, :COLUMNS_T], 2.0).sum() / items
+    t2s_ce = cross_entropy(read, t["labels"], reduction="sum") / items
+    assert_same(loss.total, rows[correct].mean() / 3 + t2s_ce + in_teacher, t, rtol=1e-5, atol=1e-6)
+    assert [part.item() for part in loss.parts["t2s_accuracy"]] == [correct.sum().item(), 5]
+    torch.testing.assert_close(
+        loss.parts["student_space"][0].double(), rows[correct].mean().detach(), rtol=1e-5, atol=1e-6
+    )
+    t["labels"][:] = -100
+    none = dual_space_v1_cma(*(t[name] for name in states), items, settings(alpha=1.0), COLUMNS_T, passes=3)
+    assert_same(none.total, in_teacher, t)

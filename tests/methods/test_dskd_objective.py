@@ -112,3 +112,102 @@ def test_no_agreeing_token_gives_zero_in_the_student_space_and_a_graph():
     assert loss.parts["student_space"][0].item() == 0
     loss.total.backward()
     assert torch.isfinite(student.grad).all()
+
+
+def drawn(seed=6, rows=8, entries=9, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"student": (rows, 4), "head": (entries, 4), "teacher": (rows, 6), "teacher_head": (entries, 6)}
+    shapes |= {"t2s": (rows, 4), "s2t": (rows, 6), "bias": (entries,), "teacher_bias": (entries,)}
+    made = {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    made = {name: value.to(dtype).requires_grad_() for name, value in made.items()}
+    return made | {"labels": torch.randint(0, entries, (rows,), generator=generator)}
+
+
+def run_objective(name, t, *, with_biases=True, **more):
+    models = [t[key] for key in ("student", "head", "teacher", "teacher_head")]
+    biases = {"student_bias_V": t["bias"], "teacher_bias_V": t["teacher_bias"]} if with_biases else {}
+    rest = (t["labels"], ONE, settings(len(t["head"]), alpha=0.3))
+    if name == "vanilla":
+        return vanilla_kd(*models, *rest, **biases)
+    if name == "v1":
+        return dual_space_v1(*models, t["t2s"], t["s2t"], *rest, **biases, **more)
+    return dual_space_v2(*models, t["t2s"], t["s2t"], None, *rest, **biases, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("vanilla", {}),
+        ("v1", {}),
+        ("v1", {"mask": "gold"}),
+        ("v1", {"mask": "agreement"}),
+        ("v2", {}),
+        ("v2", {"mask": "gold"}),
+        ("v2", {"spaces": "student"}),
+        ("v2", {"spaces": "teacher"}),
+    ],
+)
+def test_a_bias_is_a_column_of_the_head_that_reads_a_one(name, more):
+    """Of the student's and the projected states with the student's bias, of the teacher's and lifted with its own."""
+    t = drawn()
+    wide = {key: torch.cat([t[key], torch.ones(len(t[key]), 1)], 1) for key in ("student", "t2s", "teacher", "s2t")}
+    wide["head"] = torch.cat([t["head"], t["bias"][:, None]], 1)
+    wide["teacher_head"] = torch.cat([t["teacher_head"], t["teacher_bias"][:, None]], 1)
+    found = run_objective(name, t, **more)
+    expected = run_objective(name, wide | {"labels": t["labels"]}, with_biases=False, **more)
+    torch.testing.assert_close(found.total, expected.total)
+    for key in ("student", "head", "t2s", "s2t", "bias", "teacher", "teacher_bias"):
+        own, other = (
+            torch.autograd.grad(loss.total, t[key], retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+            for loss in (found, expected)
+        )
+        torch.testing.assert_close(own, other)
+        assert (own.abs().sum() > 0) == (key in ("student", "head", "bias") or (key in own_graph(name, more)))
+
+
+def own_graph(name, more):
+    if name == "vanilla":
+        return ()
+    spaces = more.get("spaces", "both")
+    return {"both": ("t2s", "s2t"), "student": ("t2s",), "teacher": ("s2t",)}[spaces]
+
+
+@pytest.mark.parametrize("mask", ["none", "gold", "agreement"])
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_a_mask_picks_the_rows_of_the_student_space(name, mask):
+    t = drawn(5)
+    t["t2s"] = t["teacher"] @ teacher_to_student(t["head"].detach(), t["teacher_head"].detach())
+    read = t["t2s"] @ t["head"].T
+    gold, teacher = read.argmax(-1).clone(), (t["teacher"] @ t["teacher_head"].T).argmax(-1)
+    gold[::3] = (gold[::3] + 1) % 9
+    t["labels"] = gold
+    q, p = (torch.log_softmax(logits / 2, -1) for logits in (t["student"] @ t["head"].T, read))
+    rows = (p.exp() * (p - q)).sum(-1)
+    kept = {"none": torch.ones(8).bool(), "gold": read.argmax(-1) == gold, "agreement": read.argmax(-1) == teacher}
+    kept = kept[mask]
+    assert (kept.sum() < 8) == (mask != "none")
+    assert kept.sum() > 0
+    loss = run_objective(name, t, with_biases=False, mask=mask)
+    total, count = loss.parts["student_space"]
+    # v1 keeps the divisor Z, v2 divides by the number of rows that count
+    divisor = 1 if name == "v1" else kept.sum() if mask != "none" else 8
+    torch.testing.assert_close(total / (1 if name == "v1" else count), rows[kept].sum() / divisor)
+    if mask != "none":
+        shown = loss.parts["t2s_accuracy" if mask == "gold" else "t2s_agreement"]
+        assert [part.item() for part in shown] == [kept.sum().item(), 8]
+
+
+@pytest.mark.parametrize("name", ["vanilla", "v1", "v2"])
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16])
+def test_a_bfloat16_teacher_gives_the_float32_loss_within_its_rounding(name, student):
+    t = drawn(8)
+    narrow = {
+        key: value.detach().to(student if key in ("student", "head", "t2s", "bias") else torch.bfloat16)
+        if value.is_floating_point()
+        else value
+        for key, value in t.items()
+    }
+    wide = {key: value.float() if value.is_floating_point() else value for key, value in narrow.items()}
+    found, expected = run_objective(name, narrow).total, run_objective(name, wide).total
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from tenfold.platform.data.examples import load_examples
 from tenfold.platform.experiment import check_experiment
 from tenfold.platform.losses.divergence import DivergenceOptions
 from tenfold.platform.models.loading import load_causal_lm, load_tokenizer
+from tenfold.platform.models.source import ModelSource
 from tenfold.platform.run import run
 from tenfold.platform.storage import Storage
 from tenfold.platform.training.deepspeed_config import deepspeed_config
@@ -41,6 +43,7 @@ CASES = {
     "cma": {"objective": "dual_space_v1", "two_tokenizers": True},
     "eta": {"objective": "dual_space_v2", "two_tokenizers": True},
     "uld": {"two_tokenizers": True},
+    "lora": {"objective": "dual_space_v2", "lora": {"r": 4, "alpha": 8, "dropout": 0.0}},
     "on_policy": {"objective": "dual_space_v2", "on_policy": {"after_epochs": 0, "ratio": 0.5, "max_new_tokens": 4}},
 }
 # case, DeepSpeed settings, teacher; the first of each objective is what the others are compared with
@@ -65,7 +68,18 @@ COMBINATIONS = [
     ("uld", "zero3", "cache"),
     ("on_policy", "zero2", "live"),
     ("on_policy", "zero3", "live"),
+    ("lora", "zero2", "cache"),
+    ("lora", "zero3", "live"),
+    ("lora", "zero1", "offload"),
 ]
+TEACHERS = {
+    "cache": {"teacher_mode": "cache"},
+    "live": {"teacher_mode": "live"},
+    "offload": {"teacher_mode": "live", "teacher_offload": "cpu"},
+}
+# these leave a checkpoint before the last step, and are resumed from it
+RESUMED = [("lora", "zero2", "cache"), ("lora", "zero3", "live")]
+ADAPTED = ("q_proj", "v_proj")
 
 
 def options(student, **more):
@@ -98,14 +112,15 @@ def student(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_student(tmp_path_factory):
-    return saved_student(tmp_path_factory, "sample:tokenizers/gpt2")
+    # its head is its embedding: under ZeRO-3 one parameter that a pass through the model gives back
+    return saved_student(tmp_path_factory, "sample:tokenizers/gpt2", tie_word_embeddings=True)
 
 
-def saved_student(tmp_path_factory, tokenizer):
+def saved_student(tmp_path_factory, tokenizer, **more):
     """Make a student that has its weights already: under ZeRO-3 fresh ones are drawn in another order."""
     shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "max_position_embeddings": 256}
-    fresh = DSKDConfig(**options({"config": shape, "tokenizer": tokenizer})).student
+    fresh = DSKDConfig(**options({"config": shape | more, "tokenizer": tokenizer})).student
     folder = tmp_path_factory.mktemp("student")
     load_causal_lm(fresh, seed=3, dtype="float32").save_pretrained(folder)
     load_tokenizer(fresh).save_pretrained(folder)
@@ -136,22 +151,32 @@ def trained(tmp_path_factory, student, other_student, own_settings):
         case, settings, teacher_mode = combination
         own = {"objective": case, **CASES.get(case, {})}
         who = other_student if own.pop("two_tokenizers", False) else student
-        config = DSKDConfig(**options(who, teacher_mode=teacher_mode, **own))
+        config = DSKDConfig(**options(who, **TEACHERS[teacher_mode], **own))
         folders[combination] = base / "-".join(combination)
         folders[combination].mkdir()
-        jobs.append(
-            {
-                "build": "tenfold.methods.dskd.trainer:build_trainer",
-                "config": prepare(config, here, splits),
-                "options": config.training.model_dump(mode="json"),
-                "deepspeed": deepspeed_config(own_settings if settings == "own.json" else settings),
-                "seed": 10,
-                "output": str(folders[combination]),
-            }
-        )
+        job = {
+            "build": "tenfold.methods.dskd.trainer:build_trainer",
+            "config": prepare(config, here, splits),
+            "options": config.training.model_dump(mode="json"),
+            "deepspeed": deepspeed_config(own_settings if settings == "own.json" else settings),
+            "seed": 10,
+            "output": str(folders[combination]),
+        }
+        jobs.append(job)
+        if combination in RESUMED:
+            job["options"] |= {"save_strategy": "steps", "save_steps": STEPS - 1}
+            job["checkpoints"] = str(base / "checkpoints" / "-".join(combination))
+            again = folders["resumed", *combination] = base / f"resumed-{'-'.join(combination)}"
+            again.mkdir()
+            checkpoint = folders["checkpoint", *combination] = checkpoint_of(job["checkpoints"], STEPS - 1)
+            jobs.append({**job, "resume": str(checkpoint), "output": str(again)})
     (base / "jobs.json").write_text(json.dumps(jobs))
     subprocess.run([sys.executable, str(SCRIPT), str(base / "jobs.json"), "2"], check=True, timeout=300)
     return folders
+
+
+def checkpoint_of(folder, step):
+    return Path(folder) / "out" / f"checkpoint-{step}"
 
 
 def losses(folder):
@@ -185,8 +210,38 @@ def test_saved_student_is_whole_and_has_the_same_weights(trained, student, other
     for name, weight in model.state_dict().items():
         assert weight.shape == before[name].shape
         torch.testing.assert_close(weight, same[name], rtol=1e-5, atol=1e-6, msg=name)
+    if combination[0] == "lora":
+        changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+        assert changed == {name for name in before if any(part in name for part in ADAPTED)}
+        return
     moved = (model.get_output_embeddings().weight - before["lm_head.weight"]).abs().max().item()
     assert moved > 1e-4
+
+
+@pytest.mark.parametrize("combination", RESUMED, ids="-".join)
+def test_adapter_resumed_from_a_checkpoint_ends_as_if_nothing_had_happened(trained, combination):
+    from safetensors.torch import load_file
+
+    assert losses(trained["resumed", *combination]) == losses(trained[combination])
+    weights = load_file(trained[combination] / "model.safetensors")
+    again = load_file(trained["resumed", *combination] / "model.safetensors")
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("combination", RESUMED, ids="-".join)
+def test_checkpoint_of_an_adapter_has_plain_merged_weights_and_no_frozen_ones_in_deepspeeds_state(
+    trained, combination
+):
+    checkpoint = trained["checkpoint", *combination]
+    names = load_causal_lm(ModelSource(model=str(checkpoint)), dtype="float32").state_dict()
+    assert not any("lora" in name for name in names)
+    # the pickled part of torch's files holds the names of all tensors: read as bytes
+    states = [zipfile.ZipFile(path) for path in sorted(checkpoint.glob(f"global_step{STEPS - 1}/*.pt"))]
+    pickled = b"".join(file.read(name) for file in states for name in file.namelist() if name.endswith("data.pkl"))
+    assert b"q_proj.lora_A.default.weight" in pickled
+    assert b"t2s.weight" in pickled
+    assert b"embed_tokens.weight" not in pickled
+    assert b"base_layer.weight" not in pickled
 
 
 @pytest.mark.parametrize("spaces", ["both", "student", "teacher"])

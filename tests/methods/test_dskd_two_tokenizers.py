@@ -113,7 +113,8 @@ def test_splitting_a_batch_gives_the_same_gradient(make, objective):
 
 
 @pytest.mark.parametrize(
-    ("objective", "tokenizer"), [("dual_space_v2", OTHER_TOKENIZER), ("dual_space_v2", TEACHER), ("kl", TEACHER)]
+    ("objective", "tokenizer"),
+    [("dual_space_v2", OTHER_TOKENIZER), ("dual_space_v2", TEACHER), ("kl", TEACHER), ("overlap_kd", OTHER_TOKENIZER)],
 )
 def test_on_policy_training_compares_on_what_the_student_writes(make, objective, tokenizer):
     own = {"after_epochs": 1, "ratio": 1.0, "max_new_tokens": 6}
@@ -124,6 +125,33 @@ def test_on_policy_training_compares_on_what_the_student_writes(make, objective,
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     # 8 rows, 4 a step: the second epoch begins with the third step
     assert ["on_policy_" in " ".join(entry) for entry in log] == [False, False, True, True]
+
+
+def test_pairs_of_a_generated_response_that_is_cut_count_what_is_left_of_it(make, monkeypatch):
+    from tenfold.methods.dskd import on_policy
+    from tenfold.platform.data.positions import next_labels
+
+    more = {"teacher_mode": "live", "on_policy": {"max_new_tokens": 500}}
+    trainer = make(options("dual_space_v2", **more))
+    rollout, tokenizer = trainer._rollout, trainer.processing_class
+    rows = [trainer.train_dataset[index] for index in range(3)]
+    text = "One day a little dog saw a big red ball in the park. " * 30
+    answers = [tokenizer(text)["input_ids"], tokenizer("A dog.")["input_ids"] + [tokenizer.eos_token_id], []]
+    monkeypatch.setattr(on_policy, "generate_tokens", lambda *given, **_: answers)
+    batch = rollout.generate(None, trainer.data_collator(rows), seed=1)
+    own, theirs = next_labels(batch["labels"]), next_labels(batch["teacher_labels"])
+    counts = (batch["labels"][:, 1:] != -100).sum(1).tolist()
+    assert batch["input_ids"].shape[1] == 256
+    assert len(answers[0]) > counts[0] > 0
+    assert counts[1:] == [len(answers[1]), 0]
+    ends = [tokenizer.eos_token_id, rollout._teacher_tokenizer.eos_token_id]
+    assert (own == ends[0]).sum() == (theirs == ends[1]).sum() == 1  # a response that was cut has none
+    assert batch["student_pairs"].max() < len(own)
+    assert batch["teacher_pairs"].max() < len(theirs)
+    pairs = zip(own[batch["student_pairs"]].tolist(), theirs[batch["teacher_pairs"]].tolist(), strict=True)
+    strings = [(tokenizer.decode([a]).strip(), rollout._teacher_tokenizer.decode([b]).strip()) for a, b in pairs]
+    assert len(strings) > 20
+    assert all(a == b or (a, b) == (tokenizer.eos_token, "</s>") for a, b in strings)
 
 
 def test_data_without_any_pair_is_refused_before_training(run):

@@ -50,8 +50,6 @@ def test_sections_of_all_kinds_and_their_auto_values_pass():
         "gradient_clipping": 1,
         "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto", "offload_param": {"device": "cpu"}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
         "activation_checkpointing": {"partition_activations": True},
         "flops_profiler": {"enabled": True},
         "comms_logger": {"enabled": False},
@@ -78,7 +76,9 @@ def test_sections_of_all_kinds_and_their_auto_values_pass():
         ({"train_micro_batch_size_per_gpu": 0}, r"per_gpu = 0: needs a number from 1, or auto"),
         ({"train_batch_size": 16}, r"train_batch_size: leave it out"),
         ({"gradient_accumulation_steps": True}, r"gradient_accumulation_steps = True: needs a number"),
-        ({"optimizer": "AdamW"}, r"after reading optimizer: AttributeError"),
+        # the Trainer would not build its own then: no parameter groups, no schedule of the training options
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, r"optimizer: leave it out; learning_rate"),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, r"scheduler: leave it out; lr_scheduler_type"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, r"after reading bf16: .*cannot be simultaneously"),
         ({"amp": {"enabled": True}}, r"after reading amp: .*removed"),
     ],
@@ -108,3 +108,8 @@ def test_unusable_file_is_named(tmp_path, content, message):
 def test_unknown_preset_names_the_known_ones():
     with pytest.raises(ConfigError, match=r"zero4.*zero2_offload.*\.json"):
         deepspeed_config("zero4")
+
+
+def test_home_folder_of_nobody_is_a_sentence():
+    with pytest.raises(ConfigError, match="no home folder for ~nobody-of-this-name"):
+        deepspeed_config("~nobody-of-this-name/own.json")

@@ -1,7 +1,8 @@
 """Trains jobs one after another on plain processes, without Ray: `python training_ranks.py JOBS.json WORLD_SIZE`.
 
 A job is what `launch.train_job` hands to a worker, with the folder `output`: there the model is saved, and
-`result.json` has the losses of all steps and the number of steps.
+`result.json` has the losses of all steps and the number of steps. Its checkpoints stay where `checkpoints` says; a job
+with `resume`, the path of one, goes on from there.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ def train(job, rank, world_size):
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = make_trainer({**PLAIN, **job}, rank, world_size, Path(scratch))
-        trainer.train()
+        trainer = make_trainer({**PLAIN, **job}, rank, world_size, Path(job.get("checkpoints", scratch)))
+        trainer.train(resume_from_checkpoint=job.get("resume"))
         trainer.save_model(job["output"])
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {"losses": losses, "steps": trainer.state.max_steps}

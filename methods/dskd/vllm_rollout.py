@@ -1,0 +1,92 @@
+"""On-policy responses from vLLM on the training GPUs instead of transformers' own generation.
+
+trl's `VLLMGeneration` does the work: an engine in each worker's process, which sleeps while the student trains and
+takes its weights anew (gathered one by one under ZeRO-3) each time it is asked. Not run on a GPU so far: the tests use
+a stand-in for the engine, and check the arguments against trl's signatures.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tenfold.methods.dskd.config import DSKDConfig
+from tenfold.platform.errors import ConfigError
+from tenfold.platform.models.options import GenerationOptions
+
+
+class Engine(Protocol):
+    """What writes responses in the student's place; all ranks ask it equally often."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+        """Return the new tokens of each prompt by the student's current weights, with the EOS that ends them."""
+
+
+def check_engine(config: DSKDConfig) -> None:
+    """Raise ConfigError where `on_policy.engine` is vllm and its packages are missing here."""
+    if config.on_policy is None or config.on_policy.engine != "vllm":
+        return
+    missing = [name for name in ("vllm", "trl") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"config.on_policy.engine = vllm: {' and '.join(missing)} not installed here. Install tenfold[gpu,align] "
+            "on machines with a GPU, or use config.on_policy.engine=transformers"
+        )
+
+
+def engine_arguments(config: DSKDConfig, generation: GenerationOptions) -> dict[str, Any]:
+    """Return the arguments of `VLLMGeneration` besides model, accelerator and tokenizer."""
+    assert config.on_policy is not None
+    return {
+        "mode": "colocate",
+        "gpu_memory_utilization": config.on_policy.vllm_memory,
+        "max_model_length": config.data.max_prompt_length + generation.max_new_tokens,
+        # an engine that sleeps takes the weights anew whenever it wakes
+        "enable_sleep_mode": True,
+        "temperature": generation.temperature,
+        "top_p": generation.top_p,
+        "top_k": generation.top_k,
+        "max_completion_length": generation.max_new_tokens,
+        "logprobs": None,
+    }
+
+
+def up_to_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Return the tokens up to the first that ends a response, it included."""
+    at = next((number for number, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    return list(tokens[:at])
+
+
+class VllmEngine:
+    """An `Engine` in this worker's process.
+
+    Args:
+        config: DSKD's options.
+        generation: length and sampling.
+        model: the student as it trains; its weights must lie in a folder.
+        accelerator: the Trainer's.
+        tokenizer: the student's.
+
+    Raises:
+        ConfigError: vLLM or trl is missing.
+    """
+
+    def __init__(
+        self, config: DSKDConfig, generation: GenerationOptions, model: Any, accelerator: Any, tokenizer: Any
+    ):
+        check_engine(config)
+        from trl.generation.vllm_generation import VLLMGeneration
+
+        own = getattr(model.generation_config, "eos_token_id", None)
+        self._ends = sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
+        arguments = engine_arguments(config, generation)
+        self._engine = VLLMGeneration(model, accelerator, tokenizer, **arguments)
+
+    def generate(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+        """See `Engine`."""
+        self._engine.generation_kwargs = {"seed": seed, "stop_token_ids": self._ends}
+        _, answers, *_ = self._engine.generate(
+            prompts=[list(prompt) for prompt in prompts], images=None, num_generations=1
+        )
+        return [up_to_end(answer, self._ends) for answer in answers]
