@@ -1,10 +1,10 @@
 """GATES: how good its domains are beside its competitors', and what it costs by the number of cells.
 
 Quality: adjusted Rand index on labelled cells, raw and refined by the vote of neighbours, mean and sample deviation
-over seeds. `gates` and `stagate` have the settings of the published scripts (500 epochs at 1e-4, k 7); `recommended` is
-our own configuration, chosen on two sections (RECOMMENDED_ON) and only reported on the others. Without --folder the
-packaged section and a synthetic one are measured; --folder takes every .h5ad with obs["domain"] in a folder, one section
-for each value of obs["sample"] where that is there.
+over seeds. `gates` and `stagate` have the settings of the published scripts (500 epochs at 1e-4, k 7); `recommended`
+is our own configuration, chosen on two sections (RECOMMENDED_ON) and only reported on the others. Without --folder the
+packaged section and a synthetic one are measured; --folder takes every .h5ad with obs["domain"] in a folder, one
+section for each value of obs["sample"] where that is there.
 
 Scale: each number of cells has a process of its own. Synthetic sections with 3,000 genes; seconds to build the graphs,
 seconds an epoch (median), peak resident memory. At the smallest size the same model is written plainly as well: dense

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tenfold.methods.gates.config import NETWORKS, GATESConfig
+from tenfold.platform.errors import ConfigError
 from tenfold.platform.method import Outcome, Paper, PlanSection
 
 if TYPE_CHECKING:
@@ -55,7 +56,13 @@ class GATES:
         from tenfold.methods.gates.analysis import is_known, num_domains
         from tenfold.methods.gates.checks import check_section
         from tenfold.methods.gates.reading import read_sections
+        from tenfold.platform.training.deepspeed_config import deepspeed_config, zero_stage
 
+        if config.method in NETWORKS and zero_stage(deepspeed_config(context.compute.deepspeed)) == 3:
+            raise ConfigError(
+                "compute.deepspeed: stage 3 splits weights that the loss reads whole; the network has a million and a "
+                "half parameters, use zero0"
+            )
         adata = read_sections(config.sections)
         notes = check_section(
             adata,

@@ -79,7 +79,7 @@ def prepare(
         n_domains=number,
         preprocessing_enabled=config.preprocessing.enabled,
     )
-    codes = None if sections is None else np.unique(np.asarray(sections).astype(str), return_inverse=True)[1]
+    codes = None if sections is None else _numbered(sections)
     if codes is not None and codes.max(initial=0) == 0:
         codes = None
     if genes is None:
@@ -111,6 +111,13 @@ def prepare(
         statistics,
         [*notes, *ready.notes, f"genes: {ready.gene_choice}"],
     )
+
+
+def _numbered(sections: np.ndarray) -> np.ndarray:
+    """Number sections in the order of their first cells: `z_radius` links those that follow each other."""
+    import pandas as pd
+
+    return np.asarray(pd.factorize(np.asarray(sections).astype(str))[0], dtype=np.int64)
 
 
 def _fused(
