@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from reporting import Report, Target, argument_parser, median
 
-RECOMMENDED = {"smooth_input": 2, "learning_rate": 1e-3, "epochs": 120, "alpha": 0.0}
+RECOMMENDED = {"smooth_input": 2, "learning_rate": 3e-3, "epochs": 300, "alpha": 0.1}
 RECOMMENDED_ON = ("starmap_mpfc_3samples BZ5", "dlpfc_151510_svg500")
 PUBLISHED = {"expression_graph": {"k": 7}}
 METHODS: dict[str, dict[str, Any]] = {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.experiment import StrictModel
+from tenfold.platform.paths import expanded
 from tenfold.platform.validation import validate_all
 from tenfold.serve.config import ApiKeys
 from tenfold.serve.spatial.analyser import SectionLimits
@@ -136,6 +136,10 @@ def parse_spatial_config(data: dict[str, Any]) -> SpatialConfig:
 
 def _absolute(path: str) -> str:
     # Replicas and tasks run in folders of their own.
-    if not Path(path).expanduser().is_absolute():
+    try:
+        place = expanded(path)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    if not place.is_absolute():
         raise ValueError("is not an absolute path")
-    return str(Path(path).expanduser())
+    return str(place)
