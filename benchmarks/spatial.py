@@ -44,6 +44,7 @@ OURS = ("gates", "recommended", "stagate")
 QUICK_METHODS = ("recommended", "spatial_pca", "pca_gmm")
 EPOCHS = 5
 GENES = 3000
+PLAIN_AT_MOST = 10_000  # cells; dense attention takes N x N
 
 
 def sections_of(folder: str | None, quick: bool) -> dict[str, dict[str, Any]]:
@@ -191,9 +192,9 @@ def scale(report: Report, cells: list[int], tile_cells: int, tiles_above: int) -
     for number in cells:
         tiled = tile_cells if number > tiles_above else 0
         print(f"{number} cells ...", file=sys.stderr, flush=True)
-        plain = number == min(cells)
+        plain = number == min(cells) <= PLAIN_AT_MOST
         command = [sys.executable, __file__, "--one", json.dumps([number, tiled or None, plain])]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
     report.rows += rows
     whole = [row for row in rows if row["tiles"] == "whole"]
