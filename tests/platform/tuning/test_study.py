@@ -87,7 +87,7 @@ def _check_tracking(tmp_path, result):
     assert above.info.status == "FINISHED"
     assert above.data.metrics["best/eval/nll"] == pytest.approx(result.best.value)
     pictures = [file.path for file in client.list_artifacts(above.info.run_id, "plots")]
-    assert pictures == ["plots/sweep.png"]
+    assert pictures == ["plots/heat_map.png", "plots/sweep.png"]
     assert len(by_name) == 4
     for trial in result.trials:
         own = by_name[trial.run_id]

@@ -59,7 +59,7 @@ def test_plots_and_genes_can_be_asked_for(client, done):
 
 def test_what_gates_does_not_know_is_refused_before_work_starts(client, section, submit):
     for params, field in (
-        ({"method": "nope"}, "params"),
+        ({"method": "nope"}, "method"),
         ({"n_domains": 301}, "n_domains"),
         ({"layer": "raw"}, "layers['raw']"),
         ({"spatial_key": "umap"}, "obsm['umap']"),
