@@ -116,6 +116,11 @@ def analyse(
     return Analysis(embedding, domains, refined, metrics, fitted, time.perf_counter() - start)
 
 
+def known_domains(adata: AnnData) -> np.ndarray | None:
+    """Return `obs["truth"]` as objects [N_all], None or NaN where unknown; None without that column."""
+    return adata.obs["truth"].to_numpy(dtype=object) if "truth" in adata.obs else None
+
+
 def num_domains(options: Clustering, truth: np.ndarray | None) -> int | Literal["auto"]:
     """Return K: as given, else the number of known classes (5.3), else auto."""
     if options.n_domains != "auto" or truth is None:

@@ -53,7 +53,7 @@ class GATES:
 
     def plan(self, config: GATESConfig, context: PlanContext) -> list[PlanSection]:
         """Read and check the sections; say sizes and what will be done."""
-        from tenfold.methods.gates.analysis import is_known, num_domains
+        from tenfold.methods.gates.analysis import is_known, known_domains, num_domains
         from tenfold.methods.gates.checks import check_section
         from tenfold.methods.gates.reading import read_sections
         from tenfold.platform.training.deepspeed_config import deepspeed_config, zero_stage
@@ -71,7 +71,7 @@ class GATES:
             n_domains=config.clustering.n_domains,
             preprocessing_enabled=config.preprocessing.enabled,
         )
-        truth = adata.obs["truth"].to_numpy(dtype=object) if "truth" in adata.obs else None
+        truth = known_domains(adata)
         labelled = 0 if truth is None else sum(map(is_known, truth))
         number = num_domains(config.clustering, truth)
         names = list(dict.fromkeys(adata.obs["section"].astype(str)))

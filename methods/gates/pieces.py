@@ -60,7 +60,6 @@ def domains_piece(item: dict[str, Any]) -> dict[str, float]:
     """
     config, storage = GATESConfig.model_validate(item["gates"]), Storage(item["storage"])
     adata = read_sections(config.sections)
-    truth = adata.obs["truth"].to_numpy(dtype=object) if "truth" in adata.obs else None
     with tempfile.TemporaryDirectory(prefix="tenfold-domains-") as scratch:
         folder = Path(scratch)
         prepared = read_prepared(Storage(item["cache"]).download(item["folder"], folder / "section"))
@@ -70,7 +69,13 @@ def domains_piece(item: dict[str, Any]) -> dict[str, float]:
             latent = encode(network, prepared.expression, prepared.graphs)
             fitted = Fitted(network, latent, item["losses"], item["seconds"])
         found = analysis.analyse(
-            adata, prepared, config, item["seed"], layer=config.sections[0].layer, truth=truth, fitted=fitted
+            adata,
+            prepared,
+            config,
+            item["seed"],
+            layer=config.sections[0].layer,
+            truth=analysis.known_domains(adata),
+            fitted=fitted,
         )
         analysis.write(adata, prepared, found, config, item["seed"])
         if found.embedding is not None:
@@ -93,7 +98,7 @@ def transformed(config: GATESConfig, model: Path) -> dict[str, float]:
         layer=config.sections[0].layer,
         spatial_key=config.sections[0].spatial_key,
         sections=adata.obs["section"].to_numpy(),
-        truth=adata.obs["truth"].to_numpy(dtype=object) if "truth" in adata.obs else None,
+        truth=analysis.known_domains(adata),
     )
     return {name: float(value) for name, value in found.metrics.items() if np.isfinite(value)}
 

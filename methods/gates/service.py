@@ -81,8 +81,9 @@ class GATESAnalyser:
         def told(epoch: int, epochs: int, loss: float) -> None:
             progress({"stage": "training", "epoch": epoch, "epochs": epochs, "loss": loss})
 
-        truth = adata.obs["truth"].to_numpy(dtype=object) if "truth" in adata.obs else None
-        found = analysis.analyse(adata, prepared, options, seed, layer=section.layer, truth=truth, progress=told)
+        found = analysis.analyse(
+            adata, prepared, options, seed, layer=section.layer, truth=analysis.known_domains(adata), progress=told
+        )
         analysis.write(adata, prepared, found, options, seed)
         if found.embedding is not None:
             progress({"stage": "drawing the map of cells"})
@@ -153,7 +154,7 @@ class GATESAnalyser:
             layer=section.layer,
             spatial_key=section.spatial_key,
             sections=adata.obs["section"].to_numpy(),
-            truth=adata.obs["truth"].to_numpy(dtype=object) if "truth" in adata.obs else None,
+            truth=analysis.known_domains(adata),
         )
         analysis.write(adata, prepared, found, model.options, model.seed)
         return result_document(adata)
