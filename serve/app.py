@@ -44,22 +44,9 @@ def _build_own(config: ServeConfig) -> Application:
         graceful_shutdown_timeout_s=replicas.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=1,
-        **_scaling(config),
+        **replicas.scaling(limits.max_running),
     )
     return deployment.bind(config.model_dump(mode="json", exclude_unset=True))
-
-
-def _scaling(config: ServeConfig) -> dict[str, Any]:
-    replicas = config.replicas
-    if replicas.max is None:
-        return {"num_replicas": replicas.min}
-    return {
-        "autoscaling_config": {
-            "min_replicas": replicas.min,
-            "max_replicas": replicas.max,
-            "target_ongoing_requests": config.limits.max_running,
-        }
-    }
 
 
 def _build_vllm(config: ServeConfig) -> Application:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 from tenfold.platform.errors import ConfigError
@@ -103,20 +103,37 @@ class Limits(StrictModel):
     retry_after_s: int = Field(1, ge=1, description="seconds in the Retry-After of a 429")
 
 
-class Replicas(StrictModel):
-    """How many copies of the server there are, and what each takes from the cluster."""
+class Copies(StrictModel):
+    """How many copies of an application there are."""
 
     min: int = Field(1, ge=1, description="copies")
     max: int | None = Field(None, ge=1, description="copies that autoscaling may reach; default: no autoscaling")
-    cpus: float = Field(1.0, gt=0, description="CPU cores of a copy; also its torch threads")
-    gpus: float = Field(0.0, ge=0, description="GPUs of a copy; 0 generates on the CPU")
-    drain_s: float = Field(60.0, ge=0, description="seconds that a stopping copy waits for its running answers")
 
     @model_validator(mode="after")
-    def _ordered(self) -> Replicas:
+    def _ordered(self) -> Self:
         if self.max is not None and self.max < self.min:
             raise ValueError(f"max = {self.max} is less than min = {self.min}")
         return self
+
+    def scaling(self, target_ongoing_requests: int) -> dict[str, Any]:
+        """Return what `serve.deployment` takes; autoscaling aims at so many requests a copy."""
+        if self.max is None:
+            return {"num_replicas": self.min}
+        return {
+            "autoscaling_config": {
+                "min_replicas": self.min,
+                "max_replicas": self.max,
+                "target_ongoing_requests": target_ongoing_requests,
+            }
+        }
+
+
+class Replicas(Copies):
+    """How many copies of the server there are, and what each takes from the cluster."""
+
+    cpus: float = Field(1.0, gt=0, description="CPU cores of a copy; also its torch threads")
+    gpus: float = Field(0.0, ge=0, description="GPUs of a copy; 0 generates on the CPU")
+    drain_s: float = Field(60.0, ge=0, description="seconds that a stopping copy waits for its running answers")
 
 
 class ServeConfig(StrictModel):

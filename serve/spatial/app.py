@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import ConfigError
-from tenfold.serve.spatial.config import SpatialConfig, parse_spatial_config
+from tenfold.serve.spatial.config import parse_spatial_config
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -69,19 +69,6 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=1,
-        **_scaling(config),
+        **replicas.scaling(max(1, replicas.max_ongoing // 4)),
     )
     return deployment.bind(config.model_dump(mode="json", exclude_unset=True))
-
-
-def _scaling(config: SpatialConfig) -> dict[str, Any]:
-    replicas = config.replicas
-    if replicas.max is None:
-        return {"num_replicas": replicas.min}
-    return {
-        "autoscaling_config": {
-            "min_replicas": replicas.min,
-            "max_replicas": replicas.max,
-            "target_ongoing_requests": max(1, replicas.max_ongoing // 4),
-        }
-    }

@@ -9,7 +9,7 @@ from tenfold.platform.errors import ConfigError
 from tenfold.platform.experiment import StrictModel
 from tenfold.platform.paths import expanded
 from tenfold.platform.validation import validate_all
-from tenfold.serve.config import ApiKeys
+from tenfold.serve.config import ApiKeys, Copies
 from tenfold.serve.spatial.analyser import SectionLimits
 
 MEBIBYTE = 2**20
@@ -72,21 +72,13 @@ class Jobs(StrictModel):
         return self
 
 
-class SpatialReplicas(StrictModel):
+class SpatialReplicas(Copies):
     """How many copies of the HTTP side there are; the analyses do not run in them."""
 
-    min: int = Field(1, ge=1, description="copies")
-    max: int | None = Field(None, ge=1, description="copies that autoscaling may reach; default: no autoscaling")
     cpus: float = Field(0.5, ge=0, description="CPU cores that a copy reserves")
     processes: int = Field(2, ge=1, le=64, description="processes of a copy that read uploads and draw plots")
     memory_gb: float = Field(8.0, gt=0, description="GiB of data that one of these processes may allocate")
     max_ongoing: int = Field(64, ge=1, description="requests that a copy answers at once; more wait, or get 429")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> SpatialReplicas:
-        if self.max is not None and self.max < self.min:
-            raise ValueError(f"max = {self.max} is less than min = {self.min}")
-        return self
 
 
 class SpatialConfig(StrictModel):
