@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tenfold.platform.errors import DataError
+from tenfold.platform.figures import new_figure
 from tenfold.platform.validation import did_you_mean
 
 if TYPE_CHECKING:
@@ -156,12 +157,8 @@ def neighbours(adata: AnnData, *, key: str = "gates") -> Figure:
 
 
 def _panels(number: int, across: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     down = -(-number // across)
-    drawn = Figure(figsize=(4.6 * across, 3.9 * down), layout="constrained")
-    FigureCanvasAgg(drawn)
+    drawn = new_figure(4.6 * across, 3.9 * down)
     axes = list(drawn.subplots(down, across, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()

@@ -6,6 +6,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from tenfold.platform.figures import new_figure
 from tenfold.platform.storage import Storage
 from tenfold.platform.training.checkpoints import list_checkpoints
 from tenfold.platform.training.report import metric_names
@@ -40,11 +41,7 @@ def figure(series: dict[str, list[tuple[int, float]]], watched: str, best_step: 
         watched: the metric on the right.
         best_step: step of the checkpoint that is kept as the result.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as PlainFigure
-
-    drawn = PlainFigure(figsize=(9, 3.8), layout="constrained")
-    FigureCanvasAgg(drawn)
+    drawn = new_figure(9, 3.8)
     left, right = drawn.subplots(1, 2)
     losses = [name for name in series if name.startswith("train/") and name not in NO_LOSS]
     for name in sorted(losses, key=lambda name: name != "train/loss"):  # the total lies below its parts

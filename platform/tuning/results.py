@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.experiment import Sweep
+from tenfold.platform.figures import new_figure
 from tenfold.platform.run import read_state
 from tenfold.platform.storage import Storage
 from tenfold.platform.tuning.space import label, short_names, show
@@ -142,14 +143,10 @@ def figure(result: SweepResult) -> Figure:
 
     Trials of one value of the first option have one colour; crosses are trials that were stopped early.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as PlainFigure
-
     keys = [key for key in result.sweep.space if key != "seed"] or list(result.sweep.space)
     names = short_names(keys)
     colours = _colours(result, keys[0])
-    drawn = PlainFigure(figsize=(5 + 3.6 * len(keys), 4.2), layout="constrained")
-    FigureCanvasAgg(drawn)
+    drawn = new_figure(5 + 3.6 * len(keys), 4.2)
     axes = drawn.subplots(1, 1 + len(keys), squeeze=False, width_ratios=[1.4] + [1] * len(keys))[0]
     for trial in result.trials:
         steps = [report["step"] for report in trial.reports]
@@ -208,9 +205,6 @@ def heat_map(result: SweepResult) -> Figure | None:
     Returns:
         None where fewer than two options besides the seed have a grid.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as PlainFigure
-
     space = result.sweep.space
     keys = [key for key in space if key != "seed" and space[key].grid is not None][:2]
     if len(keys) < 2:
@@ -224,8 +218,7 @@ def heat_map(result: SweepResult) -> Figure | None:
         [statistics.fmean(cells[row, column]) if (row, column) in cells else math.nan for column in columns]
         for row in rows
     ]
-    drawn = PlainFigure(figsize=(3.5 + 1.25 * len(columns), 1.8 + 0.45 * len(rows)), layout="constrained")
-    FigureCanvasAgg(drawn)
+    drawn = new_figure(3.5 + 1.25 * len(columns), 1.8 + 0.45 * len(rows))
     axis = drawn.subplots()
     image = axis.imshow(means, cmap="viridis", aspect="auto")
     low, high = image.get_clim()
