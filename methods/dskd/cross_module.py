@@ -12,8 +12,9 @@ from tenfold.methods.dskd import baselines, cross_vocabulary
 from tenfold.methods.dskd.cross_model_attention import Sequences, cross_model_attention
 from tenfold.methods.dskd.dual_space_module import DynamicProjectors, fit_projector
 from tenfold.methods.dskd.loss_parts import Loss, LossSettings, Mask
-from tenfold.methods.dskd.module import DistillationModule, Reading, gathered
+from tenfold.methods.dskd.module import DistillationModule, Reading
 from tenfold.platform.data.positions import IGNORED, label_positions
+from tenfold.platform.models.sharding import gathered
 from torch import Tensor, nn
 
 

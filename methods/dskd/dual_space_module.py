@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from tenfold.methods.dskd import objective
 from tenfold.methods.dskd.loss_parts import Loss, LossSettings, Mask, StepCounts, best_tokens
-from tenfold.methods.dskd.module import DistillationModule, Reading, gathered
+from tenfold.methods.dskd.module import DistillationModule, Reading
 from tenfold.methods.dskd.projectors import inverse_gram, teacher_to_student
 from tenfold.platform.data.positions import next_labels
+from tenfold.platform.models.sharding import gathered
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -188,7 +189,7 @@ class DualSpaceV2(DynamicProjectors):
 def fit_projector(t2s: nn.Linear, student_rows: Tensor, teacher_rows: Tensor) -> None:
     """Set P = A_t A_s^+ (v2's initialisation), and a bias to 0."""
     initial = teacher_to_student(student_rows, teacher_rows)
-    with gathered([t2s.weight] if t2s.bias is None else [t2s.weight, t2s.bias]):
+    with gathered([t2s.weight, t2s.bias]):
         t2s.weight.copy_(initial.T)
         if t2s.bias is not None:
             t2s.bias.zero_()

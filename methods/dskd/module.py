@@ -7,7 +7,7 @@ their label positions, V vocabulary, d student's and D teacher's hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,23 +20,9 @@ from tenfold.platform.losses.divergence import DivergenceOptions
 from tenfold.platform.losses.fused_linear import linear_argmax, linear_cross_entropy_rows
 from tenfold.platform.models.heads import check_head, head_of
 from tenfold.platform.models.hidden import final_hidden
+from tenfold.platform.models.sharding import gathered
 from tenfold.platform.training.module import TrainedModule
 from torch import Tensor, nn
-
-
-@contextlib.contextmanager
-def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Make whole parameters of what ZeRO-3 has sharded; does nothing for whole ones. All ranks must enter."""
-    # a tied embedding may have been gathered as the head
-    sharded: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    sharded = [parameter for parameter in sharded if parameter.ds_status.name != "AVAILABLE"]
-    if not sharded:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(sharded):
-        yield
 
 
 @dataclass(frozen=True)
@@ -135,7 +121,7 @@ class DistillationModule(TrainedModule):
     def _student_weights(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield W_s and its bias, whole also under ZeRO-3; outside the forward pass, which gathers by itself."""
         head, bias = head_of(self.exported)
-        with gathered([head] if bias is None else [head, bias]):
+        with gathered([head, bias]):
             yield head, bias
 
     @contextlib.contextmanager
@@ -144,7 +130,7 @@ class DistillationModule(TrainedModule):
             yield self.teacher_head, self.teacher_bias
             return
         head, bias = head_of(self._live_teacher())
-        with gathered([head] if bias is None else [head, bias]):
+        with gathered([head, bias]):
             yield head.detach(), None if bias is None else bias.detach()
 
     def check_heads(self) -> None:

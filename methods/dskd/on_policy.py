@@ -14,12 +14,13 @@ import torch
 from tenfold.methods.dskd.alignment import byte_span
 from tenfold.methods.dskd.collator import TeachingCollator
 from tenfold.methods.dskd.config import DSKDConfig
-from tenfold.methods.dskd.step_trainer import Batches, StepTrainer
+from tenfold.methods.dskd.step_trainer import DistillationTrainer
 from tenfold.methods.dskd.token_bytes import token_bytes
 from tenfold.methods.dskd.vllm_rollout import Engine, VllmEngine
 from tenfold.platform.data.positions import IGNORED
 from tenfold.platform.models.generation import generate_tokens
 from tenfold.platform.models.options import GenerationOptions
+from tenfold.platform.training.step_trainer import Batches
 from torch import Tensor
 
 
@@ -115,7 +116,7 @@ class Rollout:
         }
 
 
-class OnPolicyTrainer(StepTrainer):
+class OnPolicyTrainer(DistillationTrainer):
     """Generates for the chosen forward passes of a step before its first one.
 
     Args:

@@ -13,7 +13,7 @@ from tenfold.methods.dskd.module import DistillationModule
 from tenfold.methods.dskd.on_policy import OnPolicyTrainer, Rollout
 from tenfold.methods.dskd.pairing import read_minimum_edit_tables, teacher_rows
 from tenfold.methods.dskd.sequence_level import with_responses
-from tenfold.methods.dskd.step_trainer import StepTrainer
+from tenfold.methods.dskd.step_trainer import DistillationTrainer
 from tenfold.methods.dskd.teacher import teacher_dtype
 from tenfold.methods.dskd.vocabulary import overlap, teacher_labels
 from tenfold.platform.data.examples import load_examples
@@ -84,7 +84,7 @@ def build_trainer(context: WorkerContext) -> Trainer:
         "projector_learning_rate": config.projector_learning_rate,
     }
     if config.on_policy is None:
-        return StepTrainer(**settings)
+        return DistillationTrainer(**settings)
     other = teacher_tokenizer if payload["alignment"] != "none" else None
     return OnPolicyTrainer(rollout=Rollout(config, tokenizer, other, collator, context.seed), **settings)
 

@@ -13,6 +13,7 @@ class GenerationOptions(StrictModel):
     """
 
     max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
+    min_new_tokens: int = Field(0, ge=0, description="tokens before an answer may end")
     do_sample: bool = Field(True, description="draw tokens at random; false takes the most probable one (greedy)")
     temperature: float = Field(1.0, gt=0, description="divides the logits before sampling")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the most probable tokens that make up this mass")
@@ -20,6 +21,12 @@ class GenerationOptions(StrictModel):
     no_repeat_ngram_size: int = Field(0, ge=0, description="no n-gram of this size occurs twice; 0: no such rule")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1 makes tokens that occurred less probable")
     batch_size: int = Field(16, ge=1, description="prompts that are continued at once")
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> GenerationOptions:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        return self
 
     @model_validator(mode="after")
     def _greedy_reads_no_sampling_options(self) -> GenerationOptions:

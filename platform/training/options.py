@@ -22,8 +22,12 @@ class TrainingOptions(StrictModel):
     per_device_eval_batch_size: Count = Field(16, ge=1, description="rows a worker evaluates at once")
     gradient_accumulation_steps: Count = Field(1, ge=1, description="forward passes a worker adds up in one step")
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "cosine_to_floor"] = Field(
-        "linear", description="schedule; cosine_to_floor anneals every parameter group to 1e-7 without warm-up"
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "cosine_to_floor"
+    ] = Field(
+        "linear",
+        description="schedule; cosine_with_min_lr ends at a tenth of the peak, cosine_to_floor anneals every "
+        "parameter group to 1e-7 without warm-up",
     )
     warmup_steps: float = Field(0, ge=0, description="steps of linear warm-up; below 1 a share of all steps")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decay of all parameters with two or more dimensions")

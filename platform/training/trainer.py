@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -22,12 +22,17 @@ class Trainer(transformers.Trainer):
       lengths (transformers divides by the gathered count; the module returns a sum over it).
     * Checkpoints hold the exported model in Hugging Face form, an adapter merged into it, beside DeepSpeed's state,
       which leaves out frozen weights.
-    * Evaluation sums next-token loss and label counts per row, so perplexity does not depend on batches or ranks.
+    * Evaluation gathers numbers per row (`evaluated`), so that metrics do not depend on batches or ranks.
 
     Args:
         cosine_floor: anneal every parameter group along a cosine to 1e-7 instead of `args.lr_scheduler_type`.
         projector_learning_rate: learning rate of the parameters outside the exported model; None: the common one.
+
+    Attributes:
+        evaluated: what the module returns in eval mode for each row, [B] each; `compute_metrics` gets them as columns.
     """
+
+    evaluated: ClassVar[tuple[str, ...]] = ("nll", "num_labels")
 
     model: Any
     optimizer: Any
@@ -105,11 +110,11 @@ class Trainer(transformers.Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (loss, [B, 2] of summed loss and label count, [B] placeholder): all that perplexity needs."""
+        """Return (loss, [B, number of `evaluated`], [B] placeholder): all that `compute_metrics` needs."""
         with torch.no_grad():
             outputs = model(**self._prepare_inputs(inputs))
-        pairs = torch.stack([outputs["nll"].float(), outputs["num_labels"].float()], dim=1)
-        return outputs["loss"].detach().mean(), pairs, outputs["num_labels"]
+        columns = torch.stack([outputs[name].float() for name in self.evaluated], dim=1)
+        return outputs["loss"].detach().mean(), columns, columns[:, 0]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Have DeepSpeed leave frozen weights out of its state: a resumed run loads them where they came from."""

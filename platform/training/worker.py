@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MIN_LR_RATE = 0.1  # of the peak, at the end of cosine_with_min_lr (AlignDistil, arXiv 2503.02832)
+
 # torch.distributed raises plain RuntimeErrors when a peer or the network is gone; they name the back-end.
 LOST_CONTACT = re.compile("gloo|nccl", re.IGNORECASE)
 
@@ -211,6 +213,7 @@ def _training_arguments(payload: dict[str, Any], options: TrainingOptions, folde
         seed=payload["seed"],
         data_seed=payload["seed"],
         lr_scheduler_type="constant" if schedule == "cosine_to_floor" else schedule,
+        lr_scheduler_kwargs={"min_lr_rate": MIN_LR_RATE} if schedule == "cosine_with_min_lr" else None,
         report_to="none",
         disable_tqdm=True,
         log_level="warning",
