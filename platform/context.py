@@ -15,6 +15,7 @@ from tenfold.platform.tracking import Tracker
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from tenfold.platform.models.manifest import Parent
+    from tenfold.platform.stages import Stage, StageResult
     from tenfold.platform.training.launch import TrainingJob, TrainingResult
     from tenfold.platform.tuning.trial import TrialReports
 
@@ -67,6 +68,12 @@ class RunContext:
         from tenfold.platform.training.launch import train_job
 
         return train_job(self, job)
+
+    def stages(self, stages: Sequence[Stage], *, at_once: bool = False) -> list[StageResult]:
+        """Do stages with MLflow runs of their own; see `tenfold.platform.stages.run_stages`."""
+        from tenfold.platform.stages import run_stages
+
+        return run_stages(self, stages, at_once=at_once)
 
     def map(
         self,

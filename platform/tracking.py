@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tenfold.platform.deadline import run_with_deadline
+from tenfold.platform.errors import TrackingError
 from tenfold.platform.tracking_delivery import MAX_TAG_CHARACTERS, batches, cut, deliver, describe, is_refusal, single
 from tenfold.platform.tracking_spool import Spool
 from tenfold.platform.tracking_store import (
@@ -134,6 +135,29 @@ class Tracker:
         with tracker._lock:
             tracker._drain(CALL_SECONDS)
         return tracker
+
+    def child(
+        self, run_name: str, *, run_id: str | None = None, tags: Mapping[str, str] | None = None, spool: Path
+    ) -> Tracker:
+        """Create a run below this one, in the same experiment, or go on with one; see `start`.
+
+        Raises:
+            TrackingError: MLflow cannot be used, or has no such run.
+        """
+
+        def experiment() -> str:
+            client = self._client()
+            return str(client.get_experiment(client.get_run(self.run_id).info.experiment_id).name)
+
+        try:
+            name = run_with_deadline(experiment, START_SECONDS, "asking MLflow for the experiment")
+        except Exception as error:
+            raise TrackingError(
+                f"tracking.uri = {without_password(self.uri)!r}: cannot open a run below {self.run_id}: {one_line(error)}"
+            ) from error
+        return Tracker.start(
+            self.uri, name, run_name, run_id=run_id, parent_run_id=self.run_id, tags=tags, spool=spool
+        )
 
     def spec(self) -> TrackerSpec:
         """Return what a worker needs to attach."""

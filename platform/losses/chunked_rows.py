@@ -114,7 +114,7 @@ class Result:
             self.teacher_hidden = torch.zeros_like(task.teacher.hidden)
 
 
-def _block_ranges(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
+def block_ranges(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
     """Yield slices that cover num_rows rows in blocks of about the cache's size."""
     elements = _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
     size = max(1, elements // max(1, num_columns))
@@ -177,7 +177,7 @@ def _process_block(
         teacher.copy_(teacher_gradient)
 
 
-def _accumulate_student(task: Task, result: Result, gradient: Tensor, start: int, stop: int) -> None:
+def accumulate_student(task: Task, result: Result, gradient: Tensor, start: int, stop: int) -> None:
     """Add what the gradient [chunk, V] of a chunk's logits gives for the hidden rows, the head and the bias."""
     side = task.student
     if result.student_hidden is not None:
@@ -215,11 +215,11 @@ def run(task: Task, needs: Needs) -> Result:
         teacher = None
         if task.teacher is not None and teacher_buffer is not None:
             teacher = task.teacher.logits(start, stop, teacher_buffer)
-        for block in _block_ranges(stop - start, student.shape[1], student.device):
+        for block in block_ranges(stop - start, student.shape[1], student.device):
             rows = slice(start + block.start, start + block.stop)
             _process_block(task, needs, result, student[block], None if teacher is None else teacher[block], rows)
         if needs.student:
-            _accumulate_student(task, result, student, start, stop)
+            accumulate_student(task, result, student, start, stop)
         if result.teacher_hidden is not None and task.teacher is not None and teacher is not None:
             torch.mm(teacher, task.teacher.head, out=result.teacher_hidden[start:stop])
     return result

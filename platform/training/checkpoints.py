@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 PREFIX = "checkpoint-"
+DEFAULT_JOB = "train"  # the only training job of most methods
 ATTEMPT = "attempt-"
 
 

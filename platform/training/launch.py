@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tenfold.platform.errors import CheckpointError, ClusterError, TenfoldError
 from tenfold.platform.training.checkpoints import (
     ATTEMPT,
+    DEFAULT_JOB,
     CheckpointRecord,
     attempt_folders,
     best_of,
@@ -47,7 +48,7 @@ class TrainingJob:
     build: Callable[[WorkerContext], Any]
     config: dict[str, Any]
     options: TrainingOptions
-    name: str = "train"
+    name: str = DEFAULT_JOB
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch.distributed
 from tenfold.platform.storage import Storage
 from tenfold.platform.tracking import Tracker
 from tenfold.platform.training.checkpoints import (
+    DEFAULT_JOB,
     CheckpointRecord,
     checkpoint_name,
     file_digests,
@@ -59,6 +60,8 @@ class ReportCallback(TrainerCallback):
     ):
         self._storage, self._job, self._attempt, self._tracker = storage, job, attempt, tracker
         self._keep_last, self._best_metric = keep_last, best_metric
+        name = job.rpartition("/")[2]
+        self._label = "" if name == DEFAULT_JOB else f"{name}: "
         self._metrics: dict[str, float] = {}
         self._tokens_before, self._time_before = 0.0, time.monotonic()
         self._start: tuple[int, float] | None = None
@@ -123,7 +126,8 @@ class ReportCallback(TrainerCallback):
         self._metrics.update(metric_names(metrics or {}))
         if self._tracker is not None:
             shown = {name: value for name, value in self._metrics.items() if name.startswith("eval/")}
-            logger.info("step %d: %s", state.global_step, " ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+            values = " ".join(f"{k} {v:.4g}" for k, v in shown.items())
+            logger.info("%sstep %d: %s", self._label, state.global_step, values)
         self._time_before = time.monotonic()  # evaluation time is not training time
         if not control.should_save:
             ray.train.report({**self._metrics, "step": state.global_step})
@@ -162,7 +166,8 @@ class ReportCallback(TrainerCallback):
         done, since = state.global_step - self._start[0], time.monotonic() - self._start[1]
         left = (state.max_steps - state.global_step) * since / max(done, 1)
         logger.info(
-            "step %d/%d loss %.4f lr %.2e%s, about %d:%02d left",
+            "%sstep %d/%d loss %.4f lr %.2e%s, about %d:%02d left",
+            self._label,
             state.global_step,
             state.max_steps,
             metrics["train/loss"],
