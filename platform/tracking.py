@@ -153,7 +153,8 @@ class Tracker:
             name = run_with_deadline(experiment, START_SECONDS, "asking MLflow for the experiment")
         except Exception as error:
             raise TrackingError(
-                f"tracking.uri = {without_password(self.uri)!r}: cannot open a run below {self.run_id}: {one_line(error)}"
+                f"tracking.uri = {without_password(self.uri)!r}: cannot open a run below {self.run_id}: "
+                f"{one_line(error)}"
             ) from error
         return Tracker.start(
             self.uri, name, run_name, run_id=run_id, parent_run_id=self.run_id, tags=tags, spool=spool
