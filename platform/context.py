@@ -75,6 +75,20 @@ class RunContext:
 
         return run_stages(self, stages, at_once=at_once)
 
+    def adopt_model(self, result: StageResult) -> str:
+        """Make the model of a stage in this run's folder the run's own; returns its folder relative to the storage."""
+        from tenfold.platform.models.manifest import MANIFEST_NAME, Manifest
+
+        manifest = Manifest.model_validate_json(result.storage.read_text(f"{result.outcome.model}/{MANIFEST_NAME}"))
+        self.tracker.log_model_pointer(
+            result.model_folder,
+            manifest.digest,
+            flavor=manifest.flavor,
+            metrics=manifest.metrics,
+            parents=[parent.reference for parent in manifest.parents],
+        )
+        return result.model_folder.removeprefix(self.storage.uri).strip("/")
+
     def map(
         self,
         function: Callable[[Any], Any],

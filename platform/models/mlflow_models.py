@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
-from tenfold.platform.errors import ConfigError, ModelError, TrackingError
+from tenfold.platform.errors import ModelError, TrackingError
 from tenfold.platform.models.cache import build_once, cache_folder
 from tenfold.platform.models.conversion import damage
-from tenfold.platform.models.folder import CONFIG, fetch_folder
-from tenfold.platform.models.manifest import MANIFEST_NAME, model_digest
-from tenfold.platform.storage import Storage
+from tenfold.platform.models.folder import CONFIG
+from tenfold.platform.models.manifest import MANIFEST_NAME
+from tenfold.platform.models.remote import model_at
 from tenfold.platform.tracking_store import absolute_uri, check_tracking, one_line, sqlite_path, without_password
 
 if TYPE_CHECKING:
@@ -144,30 +144,4 @@ def _follow(pointer: Path, shown: str) -> Path:
             raise ValueError("uri and digest must be text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{shown}: {pointer} is damaged: {error!r}. Log the model again") from error
-    try:
-        place = Storage(uri)
-        local = place.local_path()
-        if local is None:
-            target = cache_folder() / "remote" / digest[:16]
-            return build_once(target, lambda folder: _copy(place, digest, folder, shown), damage)
-    except (ConfigError, OSError) as error:
-        raise ModelError(f"{shown}: its files are at {uri}, which cannot be read: {one_line(error)}") from error
-    if not local.is_dir():
-        raise ModelError(f"{shown}: its files were at {uri}, where there is no folder now. Restore it, or run again")
-    _check(local, digest, shown)
-    return local
-
-
-def _copy(place: Storage, digest: str, folder: Path, shown: str) -> None:
-    logger.info("downloading %s to the cache", place.uri)
-    fetch_folder(place, folder)
-    _check(folder, digest, shown)
-
-
-def _check(folder: Path, digest: str, shown: str) -> None:
-    found = model_digest(folder)
-    if found != digest:
-        raise ModelError(
-            f"{shown}: the model at {folder} has sha256 {found[:12]}, the pointer says {digest[:12]}. The files were "
-            f"replaced since: restore them, or log the model again"
-        )
+    return model_at(uri, digest, shown)

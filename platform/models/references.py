@@ -12,6 +12,7 @@ from tenfold.platform.models.adapters import is_adapter, merge_adapter
 from tenfold.platform.models.conversion import convert_gguf
 from tenfold.platform.models.folder import WEIGHTS, WEIGHTS_INDEX
 from tenfold.platform.models.manifest import MANIFEST_NAME, check_digest, verify_manifest
+from tenfold.platform.models.remote import model_at
 from tenfold.platform.models.source import REFERENCE_FORMS, ModelSource
 from tenfold.platform.paths import expanded
 
@@ -87,6 +88,8 @@ def locate(
         place = _in_samples(reference)
     elif reference.startswith(mlflow_models.SCHEMES):
         place = mlflow_models.fetch(reference, tracking_uri)
+    elif "://" in reference:
+        place = model_at(reference)
     else:
         place = _local(reference)
         if place is None:

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from tenfold.platform.experiment import StrictModel
 
 REFERENCE_FORMS = (
-    "a folder, a .gguf file, runs:/MLFLOW_RUN_ID, models:/NAME@ALIAS, models:/NAME/VERSION, "
-    "package:MODULE/FILE.gguf, sample:PATH, or a Hugging Face hub name"
+    "a folder, a .gguf file, the address of a model in run storage (s3://, gs://, ...), runs:/MLFLOW_RUN_ID, "
+    "models:/NAME@ALIAS, models:/NAME/VERSION, package:MODULE/FILE.gguf, sample:PATH, or a Hugging Face hub name"
 )
 
 

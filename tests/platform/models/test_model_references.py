@@ -254,8 +254,12 @@ def test_a_pointer_to_remote_storage_is_copied_into_the_cache_once(pointed, tmp_
         local = use()
         assert local.is_relative_to(tmp_path / "cache")
         assert model_digest(local) == model_digest(folder)
+        # the address itself is a reference as well
+        assert resolve("memory://models/remote") == local
         memory.rm("/models", recursive=True)
         assert use() == local
+        with pytest.raises(ModelError, match="memory://models/remote, which cannot be read"):
+            resolve("memory://models/remote")
     finally:
         memory.store.clear()
 
