@@ -17,7 +17,6 @@ import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tenfold.platform.errors import ConfigError
@@ -81,8 +80,8 @@ class Method(Protocol):
         """Do the whole method. Called again for an unfinished run, it continues from what `context` kept."""
         ...
 
-    def evaluate(self, config: Any, model: Path, context: RunContext) -> Mapping[str, float]:
-        """Compute the paper's metrics for the model in folder `model`."""
+    def evaluate(self, config: Any, model: str, context: RunContext) -> Mapping[str, float]:
+        """Compute the paper's metrics for a model, given by its address in run storage: any node can read it."""
         ...
 
 

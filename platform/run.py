@@ -246,10 +246,7 @@ def newest_runs(start: str, count: int, storage: str = "runs") -> list[str]:
 
 def evaluate(found: FinishedRun) -> dict[str, float]:
     """Compute the method's metrics for a finished run's model again, and log them to its MLflow run."""
-    import tempfile
-
-    experiment = found.loaded.experiment
-    _ = found.model_folder
+    experiment, model = found.loaded.experiment, found.model_folder
     top = Storage(found.storage.uri.rpartition("/")[0])
     tracker = Tracker.attach(found.state["mlflow_uri"], found.state["mlflow_run_id"], spool_path(found.storage))
     context = RunContext(
@@ -261,9 +258,7 @@ def evaluate(found: FinishedRun) -> dict[str, float]:
         Storage(_cache_uri(top)),
         tracker,
     )
-    with tempfile.TemporaryDirectory(prefix="tenfold-evaluate-") as scratch:
-        folder = found.storage.download(found.state["model"], Path(scratch) / "model")
-        metrics = dict(found.loaded.method.evaluate(found.loaded.config, folder, context))
+    metrics = dict(found.loaded.method.evaluate(found.loaded.config, model, context))
     tracker.log_metrics(metrics)
     tracker.flush()
     return metrics

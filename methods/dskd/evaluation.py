@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.methods.dskd.config import DSKDConfig
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from tenfold.platform.data.examples import Example
 
 
-def measure(config: DSKDConfig, model: Path, context: RunContext) -> dict[str, float]:
+def measure(config: DSKDConfig, model: str, context: RunContext) -> dict[str, float]:
     """Return `eval/...` of the student and `teacher/...` of the teacher; the responses become an artifact.
 
     A test set's metrics are `eval/SET/...`; `eval/mean_rouge_l` is the unweighted mean over the test sets. A judge
@@ -40,7 +39,7 @@ def measure(config: DSKDConfig, model: Path, context: RunContext) -> dict[str, f
 
     if config.evaluation.judge is not None:
         check_judge(config.evaluation.judge)
-    source = ModelSource(model=str(model))
+    source = ModelSource(model=model)
     tokenizer, their_tokenizer = load_tokenizer(source), load_tokenizer(config.teacher)
     examples = load_examples(config.data).validation
     rows = tokenised_dataset(examples, tokenizer, config.data)
@@ -58,7 +57,7 @@ def measure(config: DSKDConfig, model: Path, context: RunContext) -> dict[str, f
     sets = {"": [examples[index] for index in rows["index"]]}
     sets |= {name: read_examples(files, config.data, name)[0] for name, files in config.test_sets.items()}
     who: dict[str, tuple[ModelSource, str, str | None]] = {
-        "eval": (source, model_digest(model), None),
+        "eval": (source, model_digest(resolve(source)), None),
         "teacher": (config.teacher, model_digest(resolve(config.teacher)), teacher_dtype(config)),
     }
     for name, members in sets.items():

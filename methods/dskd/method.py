@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from tenfold.methods.dskd.config import Alignment, DSKDConfig
@@ -33,14 +31,15 @@ class DSKD:
     def plan(self, config: DSKDConfig, context: PlanContext) -> list[PlanSection]:
         """Check models, tokenizers and data; say sizes, steps and memory."""
         from tenfold.methods.dskd.preparation import find_alignment
-        from tenfold.methods.dskd.vllm_rollout import check_engine
         from tenfold.platform.data.examples import load_examples, read_examples
         from tenfold.platform.data.tokenise import tokenised_dataset
         from tenfold.platform.evaluation.judge_client import check_judge
         from tenfold.platform.models.heads import check_logit_options
         from tenfold.platform.models.loading import describe, load_tokenizer, outline
+        from tenfold.platform.models.vllm_rollout import check_engine
 
-        check_engine(config)
+        if config.on_policy is not None and config.on_policy.engine == "vllm":
+            check_engine("config.on_policy.engine")
         if config.evaluation.judge is not None:
             check_judge(config.evaluation.judge)
         student, teacher = describe(config.student), describe(config.teacher)
@@ -121,11 +120,10 @@ class DSKD:
         if context.trial is not None and not config.evaluation.in_sweeps:
             # a sweep compares what training measured; `evaluate` gives the rest for the trial one keeps
             return Outcome(metrics=trained, model=model)
-        with tempfile.TemporaryDirectory(prefix="tenfold-student-") as scratch:
-            metrics = self.evaluate(config, context.storage.download(model, Path(scratch) / "model"), context)
+        metrics = self.evaluate(config, context.storage.uri_of(model), context)
         return Outcome(metrics=metrics, artifacts={"responses": "responses.jsonl"}, model=model)
 
-    def evaluate(self, config: DSKDConfig, model: Path, context: RunContext) -> Mapping[str, float]:
+    def evaluate(self, config: DSKDConfig, model: str, context: RunContext) -> Mapping[str, float]:
         """Perplexity and ROUGE-L on the validation rows and the test sets, of the student and of the teacher."""
         from tenfold.methods.dskd.evaluation import measure
 

@@ -16,10 +16,10 @@ from tenfold.methods.dskd.collator import TeachingCollator
 from tenfold.methods.dskd.config import DSKDConfig
 from tenfold.methods.dskd.step_trainer import DistillationTrainer
 from tenfold.methods.dskd.token_bytes import token_bytes
-from tenfold.methods.dskd.vllm_rollout import Engine, VllmEngine
 from tenfold.platform.data.positions import IGNORED
 from tenfold.platform.models.generation import generate_tokens
 from tenfold.platform.models.options import GenerationOptions
+from tenfold.platform.models.vllm_rollout import Engine, VllmEngine
 from tenfold.platform.training.step_trainer import Batches
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class Rollout:
         self, config: DSKDConfig, tokenizer: Any, teacher_tokenizer: Any, collator: TeachingCollator, seed: int
     ):
         assert config.on_policy is not None
-        self._config, self._options, self._data = config, config.on_policy, config.data
+        self._options, self._data = config.on_policy, config.data
         self._tokenizer, self._teacher_tokenizer = tokenizer, teacher_tokenizer
         self._collator, self._seed = collator, seed
         if teacher_tokenizer is not None:
@@ -59,7 +59,14 @@ class Rollout:
     def start_engine(self, model: Any, accelerator: Any) -> None:
         """Start what generates, where it is not transformers; once, on every rank, before training."""
         if self._options.engine == "vllm":
-            self.engine = VllmEngine(self._config, self._generation, model, accelerator, self._tokenizer)
+            self.engine = VllmEngine(
+                self._generation,
+                model,
+                accelerator,
+                self._tokenizer,
+                memory=self._options.vllm_memory,
+                max_prompt_length=self._data.max_prompt_length,
+            )
 
     def chosen(self, step: int, epoch: float, passes: int) -> list[int]:
         """Return which forward passes of a step generate: drawn from (seed, step), so that all ranks agree.

@@ -25,15 +25,20 @@ class Engine(Protocol):
         """
 
 
-def check_engine(name: str) -> None:
-    """Raise ConfigError where `on_policy.engine` is vllm and its packages are missing here."""
-    if name != "vllm":
-        return
+def check_engine(option: str) -> None:
+    """Make sure that vLLM can be used here.
+
+    Args:
+        option: the one by which the user asked for it, for the message.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
     missing = [package for package in ("vllm", "trl") if importlib.util.find_spec(package) is None]
     if missing:
         raise ConfigError(
-            f"config.on_policy.engine = vllm: {' and '.join(missing)} not installed here. Install tenfold[gpu,align] "
-            "on machines with a GPU, or use config.on_policy.engine=transformers"
+            f"{option} = vllm: {' and '.join(missing)} not installed here. Install tenfold[gpu,align] on machines "
+            f"with a GPU, or use {option}=transformers"
         )
 
 
@@ -90,7 +95,7 @@ class VllmEngine:
         memory: float,
         max_prompt_length: int,
     ):
-        check_engine("vllm")
+        check_engine("config.on_policy.engine")
         from trl.generation.vllm_generation import VLLMGeneration
 
         self._ends = end_tokens(model, tokenizer)

@@ -107,6 +107,10 @@ class Trainer(transformers.Trainer):
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a tensor to the device in its own dtype: with bf16 transformers would round counts and targets."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -109,14 +109,16 @@ def collect(top: Storage, sweep_id: str, sweep: Sweep) -> SweepResult:
         state = read_state(top, run_id) or {"status": "running"}
         reports = TrialReports(top.uri_of(run_id), sweep.metric).kept()
         metrics = state.get("metrics") or (reports[-1] if reports else {})
+        # a trial that its scheduler stops may still see its workers go and write that down as an error
+        error = None if state["status"] == "stopped" else about.get("error")
         trial = Trial(
             run_id,
             label(about["values"], sweep),
             about["values"],
-            "failed" if about.get("error") else state["status"],
+            "failed" if error else state["status"],
             metrics,
             reports,
-            about.get("error"),
+            error,
             float(metrics.get(sweep.metric, math.nan)),
         )
         found.append((state.get("created", math.inf), trial))

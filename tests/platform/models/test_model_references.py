@@ -4,7 +4,6 @@ import importlib.resources
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -114,12 +113,12 @@ def test_a_sample_is_a_folder_of_the_installed_samples():
 
 
 @pytest.fixture(scope="module")
-def mlflow_store(tmp_path_factory, tiny_model_folder):
+def mlflow_store(tmp_path_factory, tiny_model_folder, tracking_uri):
     """An SQLite store with four runs: a pointer, a whole folder, an empty run, a strange one; two are registered."""
     from mlflow import MlflowClient
 
     root = tmp_path_factory.mktemp("mlflow store")
-    uri = f"sqlite:///{root}/mlflow.db"
+    uri = tracking_uri(root)
     client = MlflowClient(uri)
     experiment = client.create_experiment("models", artifact_location=(root / "artifacts").as_uri())
     runs = {name: client.create_run(experiment).info.run_id for name in ("pointer", "folder", "empty", "strange")}
@@ -265,14 +264,12 @@ def test_a_pointer_to_remote_storage_is_copied_into_the_cache_once(pointed, tmp_
 
 
 @pytest.mark.slow
-def test_models_behind_a_tracking_server_are_downloaded_once(tmp_path, tiny_model_folder):
+def test_models_behind_a_tracking_server_are_downloaded_once(tmp_path, tiny_model_folder, tracking_uri, free_port):
     from mlflow import MlflowClient
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    store = [f"--backend-store-uri=sqlite:///{tmp_path}/m.db", f"--artifacts-destination={tmp_path}/artifacts"]
+    store = [f"--backend-store-uri={tracking_uri(tmp_path)}", f"--artifacts-destination={tmp_path}/artifacts"]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen([*command, *store], stdout=log, stderr=log, start_new_session=True)
     uri = f"http://127.0.0.1:{port}"
