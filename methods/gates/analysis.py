@@ -12,7 +12,6 @@ from tenfold.methods.gates.baselines import pca_embedding, spatial_pca_embedding
 from tenfold.methods.gates.config import NETWORKS, Clustering, GATESOptions
 from tenfold.methods.gates.domains import Domains, find_domains, relabel
 from tenfold.methods.gates.fit import Fitted, fit, recipe
-from tenfold.methods.gates.graph import Graph
 from tenfold.methods.gates.preparing import Prepared
 from tenfold.methods.gates.refinement import refine
 from tenfold.methods.gates.results import storable
@@ -22,6 +21,7 @@ from tenfold.platform.evaluation.clustering import agreement
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scipy.sparse import csr_matrix
 
 Progress = Callable[[int, int, float], None]
 SILHOUETTE_CELLS = 5000  # it compares all pairs; a sample says the same
@@ -105,7 +105,7 @@ def analyse(
         options = options.model_copy(update={"kind": "leiden"})
     if domains is None:
         assert embedding is not None
-        domains = find_domains(embedding, options, number, seed)
+        domains = find_domains(embedding, options, number, seed, prepared.neighbours)
     refined = None
     if options.refine != "none":
         refined = refine(domains.labels, prepared.coordinates, options, prepared.sections)
@@ -212,9 +212,9 @@ def write(
     probability = np.full(size, np.nan)
     probability[kept] = analysis.domains.probability
     adata.obs[f"{key}_domain_prob"] = probability
-    adata.obsp[f"{key}_spatial_connectivities"] = _spread(prepared.neighbours, kept)
+    adata.obsp[f"{key}_spatial_connectivities"] = over_all_cells(prepared.neighbours.to_matrix(), kept)
     if prepared.graphs[1] is not None and "expression" in prepared.statistics:
-        adata.obsp[f"{key}_expression_connectivities"] = _spread(prepared.graphs[1], kept)
+        adata.obsp[f"{key}_expression_connectivities"] = over_all_cells(prepared.graphs[1].to_matrix(), kept)
     adata.uns[key] = storable(
         {
             "params": {
@@ -225,6 +225,7 @@ def write(
             },
             "genes": np.array(prepared.genes),
             "loss": np.array(analysis.fitted.losses if analysis.fitted else [], dtype=np.float64),
+            "loss_epoch": np.array(analysis.fitted.epochs if analysis.fitted else [], dtype=np.float64),
             "metrics": analysis.metrics,
             "graphs": prepared.statistics,
             "notes": np.array([*prepared.notes, *analysis.domains.notes]),
@@ -239,13 +240,17 @@ def trained_with(config: GATESOptions) -> dict[str, Any]:
     return asdict(recipe(config)) if config.method in NETWORKS else {}
 
 
-def _spread(graph: Graph, kept: np.ndarray) -> Any:
-    """Return a graph's matrix over all cells of the section."""
+def over_all_cells(matrix: csr_matrix, kept: np.ndarray) -> csr_matrix:
+    """Return a matrix of the kept cells over all cells of the section; the others' rows and columns are empty.
+
+    Args:
+        matrix: [N, N].
+        kept: bool [N_all], N of them true.
+    """
     from scipy.sparse import csr_matrix
 
-    matrix = graph.to_matrix().tocoo()
-    place = np.flatnonzero(kept)
-    return csr_matrix((matrix.data, (place[matrix.row], place[matrix.col])), shape=(len(kept), len(kept)))
+    entries, place = matrix.tocoo(), np.flatnonzero(kept)
+    return csr_matrix((entries.data, (place[entries.row], place[entries.col])), shape=(len(kept), len(kept)))
 
 
 def _versions() -> dict[str, str]:

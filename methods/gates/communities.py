@@ -21,6 +21,10 @@ Kind = Literal["leiden", "louvain"]
 RESOLUTIONS = (0.01, 3.0)
 MAX_STEPS = 30
 
+# Exact and quick enough. scanpy's own choice above 8,192 cells, pynndescent, gives a matrix since its 0.7 that scanpy
+# 1.11 cannot read.
+NEIGHBOURS = "sklearn"
+
 
 def neighbour_matrix(values: np.ndarray, num_neighbours: int, seed: int) -> csr_matrix:
     """Return scanpy's weights between neighbours in an embedding: symmetric, float32 [N, N].
@@ -37,7 +41,11 @@ def neighbour_matrix(values: np.ndarray, num_neighbours: int, seed: int) -> csr_
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scanpy.pp.neighbors(
-            adata, n_neighbors=min(num_neighbours, len(values) - 1), use_rep="values", random_state=seed
+            adata,
+            n_neighbors=min(num_neighbours, len(values) - 1),
+            use_rep="values",
+            random_state=seed,
+            transformer=NEIGHBOURS,
         )
     return adata.obsp["connectivities"].tocsr()
 

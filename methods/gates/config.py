@@ -90,8 +90,8 @@ class Clustering(StrictModel):
     )
     n_domains: int | Literal["auto"] = Field(
         "auto",
-        description="K; auto: the number of labelled classes; without labels the "
-        "smallest BIC over 2..20, which on smoothed embeddings tends to the upper end",
+        description="K; auto: the number of labelled classes; without labels the smallest BIC over 2..20, where cells "
+        "that resemble their neighbours in space count as fewer (ours): a first guess, look at more numbers",
     )
     resolution: float | None = Field(None, gt=0, description="of leiden and louvain; default: searched for K")
     refine: Literal["none", "majority", "spagcn"] = Field("none", description="label refinement (GATES: none)")

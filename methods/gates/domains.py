@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 from tenfold.methods.gates.communities import communities, communities_of_number, neighbour_matrix
 from tenfold.methods.gates.config import Clustering
-from tenfold.methods.gates.mixture import Basis, Mixture, bic, fit_mixture, k_means, prepare_basis
+from tenfold.methods.gates.graph import Graph
+from tenfold.methods.gates.mixture import Mixture, bic, fit_mixture, k_means, prepare_basis
 from tenfold.platform.errors import DataError
 
 __all__ = ["Domains", "Mixture", "best_number", "find_domains", "relabel", "tied_mixture"]
@@ -44,7 +45,13 @@ class Domains:
         return len(np.unique(self.labels))
 
 
-def find_domains(latent: np.ndarray, options: Clustering, n_domains: int | Literal["auto"], seed: int) -> Domains:
+def find_domains(
+    latent: np.ndarray,
+    options: Clustering,
+    n_domains: int | Literal["auto"],
+    seed: int,
+    neighbours: Graph | None = None,
+) -> Domains:
     """Group cells by their embedding.
 
     Args:
@@ -52,6 +59,7 @@ def find_domains(latent: np.ndarray, options: Clustering, n_domains: int | Liter
         options: kind and, for leiden and louvain, resolution: where given, n_domains is not read.
         n_domains: K; auto: the least BIC of tied mixtures.
         seed: of all that is random.
+        neighbours: in space, of the N cells; auto counts cells that resemble their neighbours as fewer.
 
     Raises:
         DataError: more domains than cells, or an embedding that is empty or not finite.
@@ -59,7 +67,7 @@ def find_domains(latent: np.ndarray, options: Clustering, n_domains: int | Liter
     if options.kind in ("leiden", "louvain") and options.resolution is not None:
         _check(latent, 1)
         return _communities(latent, options, len(latent), seed)
-    number = best_number(latent, seed) if n_domains == "auto" else n_domains
+    number = best_number(latent, seed, neighbours) if n_domains == "auto" else n_domains
     notes = []
     if n_domains == "auto":
         sample = f" of {BIC_CELLS} cells drawn at random" if len(latent) > BIC_CELLS else ""
@@ -97,21 +105,55 @@ def tied_mixture(latent: np.ndarray, n_domains: int, seed: int) -> Domains:
     return Domains(labels, probability, mixture, [*notes, *_missing(labels, n_domains)])
 
 
-def best_number(latent: np.ndarray, seed: int, low: int = 2, high: int = 20) -> int:
+def best_number(latent: np.ndarray, seed: int, neighbours: Graph | None = None, low: int = 2, high: int = 20) -> int:
     """Return the number of components in low..high with the least BIC (3.9).
 
-    At most as many as leave 10 cells to each (ours), and on a sample of 5000 cells where there are more (ours).
+    At most as many as leave 10 cells to each (ours), and on a sample of 5000 cells where there are more (ours). BIC
+    takes cells as independent, which an embedding that averages over neighbours makes untrue: N cells say as much as
+    N / (1 + c) independent ones, c the correlation of a cell with its neighbours, summed over them (ours; without it
+    the most components that are allowed nearly always win).
+
+    Args:
+        latent: [N, Z] finite floats.
+        seed: of the mixtures and the sample.
+        neighbours: in space, of the N cells; None takes the cells as independent.
+        low: least number.
+        high: greatest number.
 
     Raises:
         DataError: an embedding that is empty or not finite.
     """
     _check(latent, 1)
+    sample = latent
     if len(latent) > BIC_CELLS:
-        latent = latent[np.random.default_rng(seed).choice(len(latent), BIC_CELLS, replace=False)]
-    high = min(high, max(low, len(latent) // CELLS_PER_DOMAIN), len(latent))
-    basis = prepare_basis(latent, seed)
-    criteria = {number: _criterion(basis, number, seed) for number in range(low, high + 1)}
-    return min(criteria, key=lambda number: criteria[number], default=1)
+        sample = latent[np.random.default_rng(seed).choice(len(latent), BIC_CELLS, replace=False)]
+    high = min(high, max(low, len(sample) // CELLS_PER_DOMAIN), len(sample))
+    basis = prepare_basis(sample, seed)
+    fits = {number: fit_mixture(basis, number, seed) for number in range(low, high + 1)}
+    if not fits:
+        return 1
+    cells, finest = float(len(sample)), fits[high][0]
+    if neighbours is not None and finest is not None:
+        # a cell of the sample has as many of its neighbours there as the sample has of all cells
+        cells /= 1 + correlation_with_neighbours(latent, finest, neighbours) * len(sample) / len(latent)
+    return min(fits, key=lambda number: bic(fits[number][1], cells, basis.values.shape[1], number))
+
+
+def correlation_with_neighbours(latent: np.ndarray, mixture: Mixture, neighbours: Graph) -> float:
+    """Return the correlation of a cell's residual with those of its neighbours, summed over them; 0 where negative.
+
+    Residuals are what remains of the embedding within a component, whitened by the mixture's covariance.
+
+    Args:
+        latent: [N, Z].
+        mixture: component i has label i. The finest that is considered leaves least of the domains in the residuals.
+        neighbours: of the N cells.
+    """
+    residuals = latent - mixture.means[mixture.predict(latent)[0]]
+    whitened = residuals @ mixture.precision
+    own = (residuals * whitened).sum()
+    shared = (residuals * (neighbours.to_matrix() @ whitened)).sum()
+    return max(float(shared / own), 0.0) if own > 0 else 0.0
 
 
 def relabel(groups: np.ndarray, num_groups: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -130,11 +172,6 @@ def relabel(groups: np.ndarray, num_groups: int | None = None) -> tuple[np.ndarr
     order = np.empty(len(counts), dtype=np.int64)
     order[np.lexsort((first, -counts))] = np.arange(len(counts))
     return order[groups], order
-
-
-def _criterion(basis: Basis, number: int, seed: int) -> float:
-    _, score, _ = fit_mixture(basis, number, seed)
-    return bic(score, *basis.values.shape, number)
 
 
 def _communities(latent: np.ndarray, options: Clustering, number: int, seed: int) -> Domains:

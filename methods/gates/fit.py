@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ from tenfold.methods.gates.prepared_files import read_prepared
 from tenfold.methods.gates.reconstruction import SparseRows
 from tenfold.methods.gates.tiles import Tile, cut_tile, parts_for, split_cells, whole
 from tenfold.platform.errors import ConfigError, DataError
+from tenfold.platform.models.randomness import seeded
 from tenfold.platform.storage import Storage
-from tenfold.platform.training.deepspeed_config import zero_stage
 from tenfold.platform.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 Graphs = tuple[Graph, Graph | None]
 
-BLOCK_ROWS = 2048  # rows of a reconstruction that exist at once
-
 
 @dataclass(frozen=True)
 class Fitted:
@@ -41,14 +40,14 @@ class Fitted:
     Attributes:
         network: the auto-encoder.
         latent: float32 [N, Z].
-        losses: by epoch; with tiles the mean over their steps.
-        seconds: of training.
+        losses: means over the steps between two entries of `epochs`.
+        epochs: training that each loss ends with, in passes over the section; where it was trained here 1, 2, ...
     """
 
     network: AutoEncoder
     latent: np.ndarray
     losses: list[float]
-    seconds: float
+    epochs: list[float]
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class TileSource:
             expression = expression.copy()
             expression.sum_duplicates()
         self._expression, self._device = expression, device
-        self._graphs = [graph.with_self_loops() for graph in _read(graphs, config.fusion_weight)]
+        self._graphs = [graph.with_self_loops() for graph in fused(graphs, config.fusion_weight)]
         self._hops = shape_of(config, expression.shape[1]).hops
         self._fanout = config.fanout if config.tile_cells else None
         self._seed = seed
@@ -215,8 +214,7 @@ def fit(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = TileSource(expression, graphs, config, seed, coordinates=coordinates, sections=sections, device=device)
     module = make_module(source, config, shape_of(config, expression.shape[1]), expression.shape[0], seed)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="tenfold-gates-") as scratch, _OwnRandomness():
+    with tempfile.TemporaryDirectory(prefix="tenfold-gates-") as scratch, _own_randomness(seed):
         trainer = SpatialTrainer(
             module,
             local_arguments(training_options(config), seed, Path(scratch)),
@@ -228,24 +226,32 @@ def fit(
     epochs = recipe(config).epochs
     losses = torch.stack(module.losses).reshape(epochs, -1).mean(dim=1).tolist()
     network = module.exported.cpu().eval()
-    seconds = time.perf_counter() - start
-    return Fitted(network, encode(network, expression, graphs), losses, seconds)
+    by_epoch = [float(epoch) for epoch in range(1, epochs + 1)]
+    return Fitted(network, encode(network, expression, graphs), losses, by_epoch)
 
 
-class _OwnRandomness:
-    """Give the caller's global random numbers back: the Trainer seeds them."""
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Give the caller's random numbers back: the Trainer seeds Python's and NumPy's too, `seeded` only torch's."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with seeded(seed):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
-    def __enter__(self) -> None:
-        import random
 
-        self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def losses_by_epoch(log: Sequence[tuple[int, float]], epochs: int) -> tuple[list[float], list[float]]:
+    """Return the losses of a training job's log, and how many epochs had been trained at each.
 
-    def __exit__(self, *error: Any) -> None:
-        import random
-
-        random.setstate(self._states[0])
-        np.random.set_state(self._states[1])
-        torch.set_rng_state(self._states[2])
+    Args:
+        log: (step, mean loss since the entry before), from a training that went to its end: its last step is that of
+            the last epoch.
+        epochs: passes over the section.
+    """
+    steps = log[-1][0] if log else 0
+    return [loss for _, loss in log], [step * epochs / steps for step, _ in log]
 
 
 def _l2(config: GATESOptions) -> float:
@@ -260,14 +266,10 @@ def build_trainer(context: WorkerContext) -> SpatialTrainer:
     `context.config` has the configuration under `gates`, and where the prepared section is under `cache` and `folder`.
 
     Raises:
-        ConfigError: ZeRO-3, or steps over several tiles of a worker: the norm of (3.7) is no sum over them.
+        ConfigError: steps over several tiles of a worker: the norm of (3.7) is no sum over them.
     """
     from tenfold.methods.gates.trainer import SpatialTrainer
 
-    if zero_stage(context.deepspeed) == 3:
-        raise ConfigError(
-            "compute.deepspeed: ZeRO stage 3 would shard a network of a few megabytes. Use compute.deepspeed=zero0"
-        )
     if context.options.gradient_accumulation_steps != 1 or context.options.per_device_train_batch_size != 1:
         raise ConfigError(
             f"a step is one tile of every worker; gradient_accumulation_steps = "
@@ -319,44 +321,13 @@ def encode(
     """
     hops = network.shape.hops // 2
     latent = np.empty((expression.shape[0], network.shape.hidden_dims[-1]), dtype=np.float32)
-    for core, tile in _tiles(expression, _read(graphs, network.shape.alpha), hops, cells_at_once):
+    for core, tile in _tiles(expression, fused(graphs, network.shape.alpha), hops, cells_at_once):
         latent[core] = network.encode(tile.expression, tile.cells).float().numpy()
     return latent
 
 
-@torch.no_grad()
-def attention_matrices(
-    network: AutoEncoder, expression: csr_matrix, graphs: Graphs
-) -> tuple[csr_matrix, csr_matrix | None]:
-    """Return the first layer's attention on each graph as CSR [N, N]; rows are receivers and sum to 1."""
-    from scipy.sparse import csr_matrix as csr
-
-    looped = [graph.with_self_loops() for graph in _read(graphs, network.shape.alpha)]
-    tile = tensors_of(expression, whole(looped, network.shape.hops))
-    values = network.attention_values(tile.expression, tile.cells)
-    size = (expression.shape[0],) * 2
-    made = [
-        csr((value.numpy(), graph.senders, graph.offsets), shape=size)
-        for value, graph in zip(values, looped, strict=True)
-    ]
-    return made[0], made[1] if len(made) > 1 else None
-
-
-@torch.no_grad()
-def reconstruct(network: AutoEncoder, expression: csr_matrix, graphs: Graphs) -> np.ndarray:
-    """Return the denoised expression max(X_hat, 0), float32 [N, G] (3.11); only this result is N x G."""
-    looped = [graph.with_self_loops() for graph in _read(graphs, network.shape.alpha)]
-    tile = tensors_of(expression, whole(looped, network.shape.hops))
-    _, decoded, _ = network(tile.expression, tile.cells)
-    result = np.empty(expression.shape, dtype=np.float32)
-    for start in range(0, len(decoded), BLOCK_ROWS):
-        block = decoded[start : start + BLOCK_ROWS] @ network.weights[0].T
-        result[start : start + BLOCK_ROWS] = block.clamp_(min=0).numpy()
-    return result
-
-
-def _read(graphs: Graphs, alpha: float) -> list[Graph]:
-    """Return the graphs that a network reads: with alpha = 0 the first alone.
+def fused(graphs: Graphs, alpha: float) -> list[Graph]:
+    """Return the graphs that a network fuses: with alpha = 0 the first alone.
 
     Raises:
         DataError: the second one is missing.

@@ -107,12 +107,15 @@ class GATES:
         cpus, gpus = context.compute.cpus_per_worker, context.compute.gpus_per_worker
         if not context.cache.exists(item["folder"]):
             context.map(prepare_piece, [item], name="prepare", cpus=cpus)
-        item |= {"storage": context.storage.uri, "checkpoint": None, "losses": [], "seconds": 0.0}
+        # a sweep compares metrics; the pictures of the trial that one keeps come from running it alone
+        pictures = context.trial is None
+        item |= {"storage": context.storage.uri, "checkpoint": None, "log": [], "pictures": pictures}
         if config.method in NETWORKS:
             item |= self._train(config, context, item)
         metrics = context.map(domains_piece, [item], name="domains", cpus=cpus, gpus=gpus)[0]
         found = {f"eval/{name}": value for name, value in metrics.items()}
-        self._show(config, context)
+        if pictures:
+            self._show(config, context)
         model = None
         if context.storage.exists(f"{RESULT}-{MODEL}"):
             parents = [Parent(kind="data", reference=", ".join(part.path for part in config.sections), digest=data)]
@@ -129,8 +132,8 @@ class GATES:
 
         payload = {name: item[name] for name in ("gates", "cache", "folder")}
         result = context.train(TrainingJob(build_trainer, payload, training_options(config)))
-        losses = [value for _, value in training_log(context.storage, "train/train").get("train/loss", [])]
-        return {"checkpoint": result.best.path, "losses": losses}
+        log = training_log(context.storage, "train/train").get("train/loss", [])
+        return {"checkpoint": result.best.path, "log": log}
 
     @staticmethod
     def _show(config: GATESConfig, context: RunContext) -> None:
@@ -144,11 +147,12 @@ class GATES:
         for name, drawn in figures(adata, config.sections).items():
             context.log_figure(name, drawn)
 
-    def evaluate(self, config: GATESConfig, model: Path, context: RunContext) -> Mapping[str, float]:
+    def evaluate(self, config: GATESConfig, model: str, context: RunContext) -> Mapping[str, float]:
         """Label the sections with the saved encoder, without training, and measure."""
         from tenfold.methods.gates.pieces import transformed
+        from tenfold.platform.models.references import resolve
 
-        return {f"eval/{name}": value for name, value in transformed(config, model).items()}
+        return {f"eval/{name}": value for name, value in transformed(config, resolve(model)).items()}
 
 
 def training_text(config: GATESConfig) -> str:

@@ -190,8 +190,15 @@ def fit_mixture(basis: Basis, num_components: int, seed: int) -> tuple[Mixture |
     return _in_embedding(basis, best.weights_, best.means_, best.precisions_), best_score, notes
 
 
-def bic(score: float, num_cells: int, num_columns: int, num_components: int) -> float:
-    """Return the Bayesian information criterion of a tied mixture from its mean log-likelihood (3.9)."""
+def bic(score: float, num_cells: float, num_columns: int, num_components: int) -> float:
+    """Return the Bayesian information criterion of a tied mixture from its mean log-likelihood (3.9).
+
+    Args:
+        score: mean log-likelihood.
+        num_cells: independent cells that the mean is worth.
+        num_columns: d.
+        num_components: K.
+    """
     free = num_components * num_columns + num_components - 1 + num_columns * (num_columns + 1) // 2
     return float(-2 * num_cells * score + free * np.log(num_cells))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tenfold.methods.gates import analysis, pl, saved, tl
 from tenfold.methods.gates.config import NETWORKS, GATESConfig, Section
-from tenfold.methods.gates.fit import Fitted, encode
+from tenfold.methods.gates.fit import Fitted, encode, losses_by_epoch, recipe
 from tenfold.methods.gates.network import AutoEncoder
 from tenfold.methods.gates.prepared_files import read_prepared, write_prepared
 from tenfold.methods.gates.preparing import prepare
@@ -53,7 +53,7 @@ def domains_piece(item: dict[str, Any]) -> dict[str, float]:
 
     Args:
         item: as for `prepare_piece`, and `storage` (the run's address), `checkpoint` (folder in it, None for methods
-            without a network), `losses` (by epoch).
+            without a network), `log` (step and loss of the training job), `pictures` (whether a UMAP is made).
 
     Returns:
         The metrics.
@@ -67,7 +67,8 @@ def domains_piece(item: dict[str, Any]) -> dict[str, float]:
         if config.method in NETWORKS:
             network = AutoEncoder.from_pretrained(storage.download(item["checkpoint"], folder / "checkpoint"))
             latent = encode(network, prepared.expression, prepared.graphs)
-            fitted = Fitted(network, latent, item["losses"], item["seconds"])
+            losses, epochs = losses_by_epoch(item["log"], recipe(config).epochs)
+            fitted = Fitted(network, latent, losses, epochs)
         found = analysis.analyse(
             adata,
             prepared,
@@ -78,7 +79,7 @@ def domains_piece(item: dict[str, Any]) -> dict[str, float]:
             fitted=fitted,
         )
         analysis.write(adata, prepared, found, config, item["seed"])
-        if found.embedding is not None:
+        if found.embedding is not None and item["pictures"]:
             tl.umap(adata, random_state=item["seed"])
         pl.set_colours(adata)
         write_results(adata, folder / RESULT)

@@ -105,13 +105,14 @@ def umap(adata: AnnData, color: str | Sequence[str] = "gates_domain", *, key: st
 
 
 def loss(adata: AnnData, *, key: str = "gates") -> Figure:
-    """Draw the training loss by epoch."""
-    values = np.asarray(adata.uns.get(key, {}).get("loss", []))
+    """Draw the training loss by epoch: each value is the mean since the one before."""
+    stored = adata.uns.get(key, {})
+    values = np.asarray(stored.get("loss", []))
     if not len(values):
         raise DataError(f"uns['{key}']['loss'] is empty: this method trains no network")
     drawn, (axis,) = _panels(1, 1)
     axis.set_axis_on()
-    axis.plot(np.arange(1, len(values) + 1), values, color=PALETTE[0])
+    axis.plot(stored["loss_epoch"], values, color=PALETTE[0])
     axis.set(xlabel="epoch", ylabel="loss", title="training")
     return drawn
 

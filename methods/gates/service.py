@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tenfold.methods.gates import analysis, pl, saved, tl
-from tenfold.methods.gates.checks import Limits, check_section
+from tenfold.methods.gates.checks import NOTES, Limits, check_section
 from tenfold.methods.gates.config import GATESOptions, Section
+from tenfold.methods.gates.joining import join_sections
 from tenfold.methods.gates.preparing import prepare
-from tenfold.methods.gates.reading import read_sections
+from tenfold.methods.gates.reading import read_section
 from tenfold.methods.gates.results import result_document, write_results
 from tenfold.platform.errors import ConfigError, DataError
 from tenfold.platform.validation import did_you_mean
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 Progress = Callable[[dict[str, Any]], None]
 
 SEED = 2024
+EMBEDDING_URL = "result?format=npz"  # beside .../jobs/ID/result, where clients read it
 VIEW, EXPRESSION = "view.npz", "expression.h5"
 SECTION_OPTIONS = ("labels", "layer", "spatial_key", "sample_key", "transpose")
 # option of a client -> where it is in GATESOptions
@@ -46,7 +49,7 @@ class GATESAnalyser:
     def check(self, files: Mapping[str, Path], params: Mapping[str, Any], limits: Any) -> dict[str, Any]:
         """Read and check a section within limits; see `SpatialAnalyser.check`."""
         options, section = _options(params), _section(files, params)
-        adata = read_sections([section], Limits(**asdict(limits)))
+        adata = _read(section, files, Limits(**asdict(limits)))
         notes = check_section(
             adata,
             layer=section.layer,
@@ -66,7 +69,7 @@ class GATESAnalyser:
         options, section = _options(params), _section(files, params)
         seed = int(params.get("seed", SEED))
         progress({"stage": "reading"})
-        adata = read_sections([section])
+        adata = _read(section, files)
         progress({"stage": "building graphs"})
         prepared = prepare(
             adata,
@@ -91,7 +94,10 @@ class GATESAnalyser:
         progress({"stage": "writing results"})
         pl.set_colours(adata)
         adata.uns["gates"]["spatial_key"] = section.spatial_key
-        write_results(adata, folder)
+        _leave_out_stored_name(adata, section)
+        write_results(adata, folder, ("csv", "npz", "h5ad"))
+        document = result_document(adata, embedding_url=EMBEDDING_URL)
+        (folder / "result.json").write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
         _write_view(adata, section.spatial_key, folder / VIEW)
         _write_expression(prepared, adata.n_obs, folder / EXPRESSION)
 
@@ -147,7 +153,7 @@ class GATESAnalyser:
     def predict(self, files: Mapping[str, Path], model_folder: Path, params: Mapping[str, Any]) -> dict[str, Any]:
         """Label a section with a saved model."""
         model, section = saved.load_model(model_folder), _section(files, params)
-        adata = read_sections([section])
+        adata = _read(section, files)
         prepared, found = saved.transform(
             adata,
             model,
@@ -157,7 +163,8 @@ class GATESAnalyser:
             truth=analysis.known_domains(adata),
         )
         analysis.write(adata, prepared, found, model.options, model.seed)
-        return result_document(adata)
+        _leave_out_stored_name(adata, section)
+        return {**result_document(adata), "embedding": None}  # it is stored nowhere
 
 
 def _options(params: Mapping[str, Any]) -> GATESOptions:
@@ -190,12 +197,36 @@ def _section(files: Mapping[str, Path], params: Mapping[str, Any]) -> Section:
     return Section(path=str(main), **{name: str(path) for name, path in beside.items() if path is not None}, **options)
 
 
+def _read(section: Section, files: Mapping[str, Path], limits: Limits | None = None) -> AnnData:
+    """Read an upload; what is noted about it names files by the parts of the form, not by their places here."""
+    adata = read_section(section, limits)
+    left_out = section.sample_key is None and "section" in adata.obs
+    if left_out:
+        del adata.obs["section"]
+    adata = join_sections([adata], [section])
+    notes = [str(note) for note in np.atleast_1d(adata.uns.get(NOTES, []))]
+    for name, path in files.items():
+        notes = [note.replace(str(path), name) for note in notes]
+    if left_out:
+        notes.append("obs['section'] is left out. Name it in sample_key if its values are sections")
+    if notes:
+        adata.uns[NOTES] = np.array(notes)
+    return adata
+
+
+def _leave_out_stored_name(adata: AnnData, section: Section) -> None:
+    """Remove the name of a section that has none but that of its file, for the application stores all alike."""
+    if section.sample_key is None:
+        del adata.obs["section"]
+
+
 def _write_view(adata: AnnData, spatial_key: str, path: Path) -> None:
     """Write what the page draws: places with sections side by side, domains (-1 = none), probabilities, UMAP."""
     where = np.array(adata.obsm[spatial_key][:, :2], dtype=np.float64)
     edge = 0.0
-    for section in dict.fromkeys(adata.obs["section"]):
-        chosen = (adata.obs["section"] == section).to_numpy()
+    sections = adata.obs["section"].to_numpy() if "section" in adata.obs else np.zeros(adata.n_obs)
+    for section in dict.fromkeys(sections):
+        chosen = sections == section
         low, high = np.nanmin(where[chosen], axis=0), np.nanmax(where[chosen], axis=0)
         where[chosen] -= low
         where[chosen, 0] += edge

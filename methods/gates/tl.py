@@ -1,7 +1,7 @@
 """Tools on an AnnData, as scanpy's users expect them: they act in place and return None unless `copy=True`.
 
-from tenfold.methods import gates
-gates.tl.gates(adata, n_domains=7)
+from tenfold.methods.gates import tl
+tl.gates(adata, n_domains=7)
 scanpy.pl.embedding(adata, basis="spatial", color="gates_domain")
 """
 
@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tenfold.methods.gates import analysis as analysis_module
-from tenfold.methods.gates import saved
-from tenfold.methods.gates.config import GATESOptions, MethodName
+from tenfold.methods.gates import readout, saved
+from tenfold.methods.gates.communities import NEIGHBOURS
+from tenfold.methods.gates.config import NETWORKS, GATESOptions, MethodName
 from tenfold.methods.gates.preparing import prepare
 from tenfold.platform.errors import ConfigError, DataError
 from tenfold.platform.validation import validate_all
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from tenfold.methods.gates.network import AutoEncoder
+    from tenfold.methods.gates.preparing import Prepared
 
 
 def gates(
@@ -41,6 +44,8 @@ def gates(
     labels: str | None = None,
     key_added: str = "gates",
     random_state: int = 2024,
+    denoised: bool = False,
+    attention: bool = False,
     save: str | Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     copy: bool = False,
@@ -49,7 +54,7 @@ def gates(
 
     Args:
         adata: raw counts in X or in `layer`, coordinates in `obsm[spatial_key]`; X, raw and layers stay as they are.
-        n_domains: K; auto takes the smallest BIC over 2..20 (or the number of classes in `labels`).
+        n_domains: K; auto takes the smallest BIC over 2..20 (or the number of classes in `labels`): a first guess.
         method: gates, stagate, stagate_pyg, pca_gmm, pca_leiden, spatial_pca or spagcn.
         alpha: weight of the expression graph; default 0.01.
         k: most similar cells in the expression graph; default 6.
@@ -65,16 +70,20 @@ def gates(
         labels: column of obs with true domains, for the metrics in `uns`.
         key_added: prefix of everything that is written.
         random_state: seed.
+        denoised: also write the network's expression of every cell, N x G numbers.
+        attention: also write how much every cell attends to each neighbour.
         save: folder for the trained model.
         progress: called with epoch, epochs, loss; what it raises stops the training.
         copy: return a changed copy instead.
 
     Returns:
         None, or the copy. Written: `obs[gates_domain, gates_domain_prob, gates_domain_refined]`, `obsm["X_gates"]`,
-        `obsp["gates_spatial_connectivities", "gates_expression_connectivities"]`, `uns["gates"]`.
+        `obsp["gates_spatial_connectivities", "gates_expression_connectivities"]`, `uns["gates"]`; on request
+        `obsm["gates_denoised"]` (log scale, genes `uns["gates"]["genes"]`) and `obsp["gates_spatial_attention",
+        "gates_expression_attention"]` (rows receive and sum to 1; "gates_pruned_attention" in the modes that prune).
 
     Raises:
-        ConfigError: an option is wrong.
+        ConfigError: an option is wrong, or denoised or attention is asked of a method without a network.
         DataError: the section cannot be analysed; every reason.
     """
     short = {
@@ -87,6 +96,11 @@ def gates(
         "expression_graph": {} if k is None else {"k": k},
     }
     config = make_options({name: value for name, value in short.items() if value is not None}, options or {})
+    if (denoised or attention) and config.method not in NETWORKS:
+        raise ConfigError(
+            f"{'denoised' if denoised else 'attention'} = True: {config.method} trains no network. Leave it out, or "
+            f"use method {' or '.join(NETWORKS)}"
+        )
     _check_in_memory(adata)
     target = adata.copy() if copy else adata  # a view becomes a copy of its own when it is written to
     prepared = prepare(
@@ -107,6 +121,8 @@ def gates(
         progress=progress,
     )
     analysis_module.write(target, prepared, found, config, random_state, key=key_added)
+    if found.fitted is not None:
+        _write_readout(target, prepared, found.fitted.network, denoised, attention, key_added)
     if save is not None:
         saved.save_model(Path(save), prepared, found, config, random_state)
     return target if copy else None
@@ -121,6 +137,8 @@ def transform(
     sample_key: str | None = None,
     labels: str | None = None,
     key_added: str = "gates",
+    denoised: bool = False,
+    attention: bool = False,
     copy: bool = False,
 ) -> AnnData | None:
     """Label a section with a saved model, without training; arguments and results as in `gates`.
@@ -141,6 +159,7 @@ def transform(
         truth=_column(target, labels, "labels"),
     )
     analysis_module.write(target, prepared, found, loaded.options, loaded.seed, key=key_added)
+    _write_readout(target, prepared, loaded.network, denoised, attention, key_added)
     return target if copy else None
 
 
@@ -157,7 +176,9 @@ def umap(adata: AnnData, *, key: str = "gates", n_neighbors: int = 15, random_st
     if kept.sum() > 3:  # fewer have no neighbourhood to draw
         cells = Plain(embedding[kept])
         neighbours = min(n_neighbors, int(kept.sum()) - 1)
-        scanpy.pp.neighbors(cells, n_neighbors=neighbours, use_rep="X", random_state=random_state)
+        scanpy.pp.neighbors(
+            cells, n_neighbors=neighbours, use_rep="X", random_state=random_state, transformer=NEIGHBOURS
+        )
         scanpy.tl.umap(cells, random_state=random_state)
         whole[kept] = cells.obsm["X_umap"]
     adata.obsm[f"X_{key}_umap"] = whole
@@ -177,6 +198,15 @@ def make_options(short: dict[str, Any], more: Mapping[str, Any]) -> GATESOptions
     if config is None:
         raise ConfigError("\n".join(errors))
     return config
+
+
+def _write_readout(
+    adata: AnnData, prepared: Prepared, network: AutoEncoder, denoised: bool, attention: bool, key: str
+) -> None:
+    if denoised:
+        readout.write_denoised(adata, prepared, network, key=key)
+    if attention:
+        readout.write_attention(adata, prepared, network, key=key)
 
 
 def _check_in_memory(adata: AnnData) -> None:

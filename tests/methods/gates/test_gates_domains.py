@@ -5,7 +5,16 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 from tenfold.methods.gates import domains as domains_module
 from tenfold.methods.gates.config import Clustering
-from tenfold.methods.gates.domains import Mixture, best_number, find_domains, relabel, tied_mixture
+from tenfold.methods.gates.domains import (
+    Mixture,
+    best_number,
+    correlation_with_neighbours,
+    find_domains,
+    relabel,
+    tied_mixture,
+)
+from tenfold.methods.gates.graph import Graph
+from tenfold.methods.gates.mixture import fit_mixture, prepare_basis
 from tenfold.platform.errors import DataError
 
 
@@ -168,3 +177,61 @@ def test_a_given_resolution_is_used_as_it_is():
         for resolution in (0.01, 3.0)
     )
     assert few < 3 < many
+
+
+def smoothed_stripes(rounds, side=24, width=4, num_stripes=3):
+    """A lattice in stripes, each with its own mean, averaged over the four neighbours; and who is whose neighbour."""
+    cells = np.arange(side * side).reshape(side, side)
+    pairs = [(cells[1:].ravel(), cells[:-1].ravel()), (cells[:, 1:].ravel(), cells[:, :-1].ravel())]
+    one, other = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    graph = Graph.from_edges(np.concatenate([one, other]), np.concatenate([other, one]), side * side)
+    truth = np.arange(side * side) * num_stripes // (side * side)
+    latent = 2.0 * np.eye(num_stripes, width)[truth] + np.random.default_rng(0).normal(size=(side * side, width))
+    matrix = graph.with_self_loops().to_matrix()
+    for _ in range(rounds):
+        latent = matrix @ latent / matrix.sum(axis=1)
+    return np.asarray(latent), truth, graph
+
+
+def test_cells_that_resemble_their_neighbours_count_as_fewer_when_domains_are_counted():
+    latent, truth, graph = smoothed_stripes(rounds=2)
+    assert best_number(latent, 0, high=8) > 3  # as if they were independent
+    assert best_number(latent, 0, graph, high=8) == 3
+    found = find_domains(latent, Clustering(), "auto", 0, graph)
+    assert adjusted_rand_score(truth, found.labels) > 0.9
+
+
+def test_independent_cells_have_the_number_of_domains_of_the_plain_bic():
+    latent, _, graph = smoothed_stripes(rounds=0)
+    mixture, _, _ = fit_mixture(prepare_basis(latent, 0), 6, 0)
+    assert correlation_with_neighbours(latent, mixture, graph) < 0.2
+    assert best_number(latent, 0, graph, high=6) == best_number(latent, 0, high=6) == 3
+
+
+def test_correlation_with_neighbours_is_that_of_the_whitened_residuals_pair_by_pair():
+    latent, _, graph = smoothed_stripes(rounds=1, side=12)
+    mixture, _, _ = fit_mixture(prepare_basis(latent, 0), 3, 0)
+    labels, _ = mixture.predict(latent)
+    root = np.linalg.cholesky(mixture.precision)
+    white = np.array([(latent[cell] - mixture.means[label]) @ root for cell, label in enumerate(labels)])
+    shared = sum(white[i] @ white[j] for i, j in zip(graph.receivers, graph.senders, strict=True))
+    expected = shared / sum(row @ row for row in white)
+    assert correlation_with_neighbours(latent, mixture, graph) == pytest.approx(expected, rel=1e-6)
+    assert expected > 0.5  # smoothing made them alike
+    # neighbours that differ more than any two cells do not make cells count as more
+    opposite = latent * np.where(np.arange(144) // 12 % 2 != np.arange(144) % 2, 1, -1)[:, None]
+    single, _, _ = fit_mixture(prepare_basis(opposite, 0), 1, 0)
+    assert correlation_with_neighbours(opposite, single, graph) == 0
+
+
+def test_a_sample_of_the_cells_has_fewer_neighbours_among_them(monkeypatch):
+    latent, _, graph = smoothed_stripes(rounds=2)
+    monkeypatch.setattr(domains_module, "BIC_CELLS", 144)
+    given = []
+    plain = domains_module.bic
+    monkeypatch.setattr(
+        domains_module, "bic", lambda score, cells, *more: given.append(cells) or plain(score, cells, *more)
+    )
+    monkeypatch.setattr(domains_module, "correlation_with_neighbours", lambda *_: 4.0)
+    best_number(latent, 0, graph, high=4)
+    assert given == [pytest.approx(144 / (1 + 4.0 * 144 / 576))] * 3

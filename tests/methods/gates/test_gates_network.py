@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 from tenfold.methods.gates import reconstruction
-from tenfold.methods.gates.fit import attention_matrices, encode, reconstruct
+from tenfold.methods.gates.fit import encode
 from tenfold.methods.gates.graph import Graph
 from tenfold.methods.gates.network import AutoEncoder, Neighbourhood, Shape
+from tenfold.methods.gates.readout import attention_matrices, reconstruct
 from tenfold.methods.gates.reconstruction import SparseRows, squared_error
 from tenfold.methods.gates.tiles import cut_tile, whole
 from tenfold.platform.errors import ModelError

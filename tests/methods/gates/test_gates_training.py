@@ -19,6 +19,7 @@ from tenfold.methods.gates.fit import (
     build_trainer,
     encode,
     fit,
+    losses_by_epoch,
     make_module,
     recipe,
     shape_of,
@@ -141,6 +142,7 @@ def test_training_is_adam_on_the_dense_loss_step_for_step(section, kind, more):
     network, losses = plain_training(section, config, 3)
     fitted = fit(expression, graphs, config, 3)
     assert fitted.losses == pytest.approx(losses, rel=1e-5)
+    assert fitted.epochs == [1, 2, 3, 4]
     for name, weight in fitted.network.state_dict().items():
         torch.testing.assert_close(weight, network.state_dict()[name].float(), rtol=1e-3, atol=1e-4, msg=name)
 
@@ -323,19 +325,23 @@ def test_evaluation_reports_the_error_of_the_whole_section(section, more, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("deepspeed", "more", "named"),
+    ("more", "named"),
     [
-        ({"zero_optimization": {"stage": 3}}, {}, "zero0"),
-        ({}, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2"),
-        ({}, {"per_device_train_batch_size": 4}, "per_device_train_batch_size = 4"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size = 4"),
     ],
 )
-def test_workers_refuse_what_would_change_the_loss_or_breaks(deepspeed, more, named):
-    context = SimpleNamespace(
-        config={}, deepspeed=deepspeed, options=training_options(GATESOptions()).model_copy(update=more)
-    )
+def test_workers_refuse_what_would_change_the_loss(more, named):
+    context = SimpleNamespace(config={}, options=training_options(GATESOptions()).model_copy(update=more))
     with pytest.raises(ConfigError, match=named):
         build_trainer(context)
+
+
+def test_losses_of_a_log_stand_at_the_epochs_that_its_steps_make_up():
+    # 5 epochs of 4 tiles; a checkpoint between two reports adds an entry of its own
+    log = [(10, 9.0), (12, 8.0), (20, 7.0)]
+    assert losses_by_epoch(log, 5) == ([9.0, 8.0, 7.0], [2.5, 3.0, 5.0])
+    assert losses_by_epoch([], 5) == ([], [])
 
 
 def test_training_options_are_those_of_the_recipe():
