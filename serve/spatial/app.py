@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import ConfigError
 from tenfold.serve.spatial.config import parse_spatial_config
+from tenfold.serve.spatial.room import check_room
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -48,15 +49,20 @@ def build(args: dict[str, Any]) -> Application:
 
     Raises:
         ConfigError: the configuration is wrong, or a package is not installed.
+        ClusterError: a job would fit on no node of the cluster; only found out where this process is connected to
+            one, as Serve's own is when it deploys.
     """
     config = parse_spatial_config(args)
     try:
         import python_multipart  # noqa: F401
     except ImportError as error:
         raise ConfigError("the spatial application needs python-multipart; pip install 'tenfold[spatial]'") from error
+    import ray
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
+    if ray.is_initialized():
+        check_room(config.jobs)
     replicas = config.replicas
     deployment: Any = serve.deployment(
         serve.ingress()(SpatialAnalysis),

@@ -251,7 +251,7 @@ class SpatialService:
             if model_id not in paths:
                 raise ApiError(
                     404,
-                    f"no model {model_id!r}{did_you_mean(model_id, paths)}",
+                    f"no model {model_id!r}{did_you_mean(model_id, paths)} GET v1/models lists the saved models",
                     param="model_id",
                     code="model_not_found",
                 )

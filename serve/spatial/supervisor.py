@@ -22,6 +22,7 @@ from tenfold.platform.errors import ClusterError
 from tenfold.serve.spatial.analyser import load_analyser
 from tenfold.serve.spatial.config import GIBIBYTE, SpatialConfig, parse_spatial_config
 from tenfold.serve.spatial.jobs import JobStore
+from tenfold.serve.spatial.room import Waiting
 from tenfold.serve.spatial.running import run_job
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Supervisor:
         self._config = parse_spatial_config(config)
         self._store = JobStore(self._config.storage)
         self._tasks: dict[str, Any] = {}
+        self._waiting = Waiting(self._store, self._config.jobs)
         self._news = threading.Event()
         threading.Thread(target=self._work, name="supervisor", daemon=True).start()
 
@@ -61,6 +63,7 @@ class Supervisor:
             try:
                 self._collect()
                 self._start_missing()
+                self._waiting.look(self._tasks, time.monotonic())
                 if time.monotonic() - swept >= min(SWEEP_SECONDS, limits.ttl_s):
                     swept = time.monotonic()
                     if self._store.sweep(ttl_s=limits.ttl_s, upload_s=limits.upload_s):

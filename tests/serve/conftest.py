@@ -1,5 +1,6 @@
 """A real HTTP server with real tiny models, in this process and without Ray."""
 
+import asyncio
 import shutil
 import socket
 import threading
@@ -98,10 +99,40 @@ def limits():
 
 
 @pytest.fixture(scope="session")
+def wait_until():
+    """Return wait_until(condition, seconds=60), which fails when the condition does not come true in that time."""
+
+    def wait(condition, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.05)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def hang_up():
+    """Return hang_up(url, body, is_running, headers=None): asks for a completion and leaves once the model is at work.
+
+    A request that leaves earlier ends in the queue and counts as none.
+    """
+
+    async def ask_and_leave(url, body, is_running, headers):
+        async with httpx.AsyncClient(headers=headers, timeout=60) as client:
+            request = asyncio.create_task(client.post(f"{url}/v1/completions", json=body))
+            while not await asyncio.to_thread(is_running):
+                assert not request.done()
+                await asyncio.sleep(0.001)
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+
+    return lambda url, body, is_running, headers=None: asyncio.run(ask_and_leave(url, body, is_running, headers))
+
+
+@pytest.fixture(scope="session")
 def post():
     """Return post(url, body, path="completions") -> response, for what the client would not send."""
 
-    def send(url, body, path="completions"):
-        return httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
-
-    return send
+    with httpx.Client(timeout=60) as client:
+        yield lambda url, body, path="completions": client.post(f"{url}/v1/{path}", json=body)

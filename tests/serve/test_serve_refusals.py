@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 
 import httpx
 import openai
@@ -137,6 +138,17 @@ def test_keys_are_wanted_everywhere_under_v1(start_http_server, tiny_model_folde
         assert httpx.get(f"{url}/healthz").status_code == 200
 
 
+def slow_down(monkeypatch, model):
+    """Make sure that an answer of many tokens is not at its end before anybody has seen its first ones."""
+    forward = model.forward
+
+    def slowly(*arguments, **options):
+        time.sleep(0.02)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", slowly)
+
+
 def test_a_dead_engine_is_503_and_unhealthy(start_http_server, tiny_model_folder, monkeypatch, post):
     body = {"model": "tiny", "prompt": "Name", "max_tokens": 5}
     with start_http_server({"models": [{"name": "tiny", "model": str(tiny_model_folder)}]}) as (url, service):
@@ -154,10 +166,11 @@ def test_a_dead_engine_is_503_and_unhealthy(start_http_server, tiny_model_folder
         assert "no memory left" in health.json()["reason"]
 
 
-def test_an_engine_that_dies_in_mid_stream_is_an_error_event(start_http_server, tiny_model_folder):
+def test_an_engine_that_dies_in_mid_stream_is_an_error_event(start_http_server, tiny_model_folder, monkeypatch):
     body = {"model": "tiny", "prompt": "Name", "max_tokens": 200, "seed": 1, "temperature": 2, "stream": True}
     with start_http_server({"models": [{"name": "tiny", "model": str(tiny_model_folder)}]}) as (url, service):
         engine = service.models["tiny"].engine
+        slow_down(monkeypatch, engine._manager.model)
         events = []
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
             for line in answer.iter_lines():

@@ -177,7 +177,7 @@ async function finish(turn, status) {
 function showProgress(status) {
   const { stage, epoch, epochs, loss } = status.progress;
   const again = status.attempt > 1 ? ` (start ${status.attempt}: a machine was lost)` : "";
-  const name = status.status === "running" && stage ? stage[0].toUpperCase() + stage.slice(1) : STAGES[status.status];
+  const name = stage ? stage[0].toUpperCase() + stage.slice(1) : STAGES[status.status];
   if (Number.isFinite(loss) && Number.isFinite(epoch)) {
     if (state.losses.length && epoch < state.losses.epoch) state.losses = [];
     if (epoch !== state.losses.epoch) state.losses.push(loss);

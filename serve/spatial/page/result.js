@@ -196,6 +196,7 @@ async function chooseGene(name) {
     look.gene = { name, values, low: sorted[0], high: high > sorted[0] ? high : sorted[sorted.length - 1] };
     document.querySelector("input[name=colour][value=gene]").checked = true;
     recolour();
+    pointAt(plots.tissue.marked);
   } catch (error) {
     problem("The gene cannot be shown", error);
   }

@@ -15,6 +15,7 @@ from tenfold.methods.gates.reading import read_section
 from tenfold.platform.errors import DataError, ModelError
 
 EPOCH_SECONDS = 0.02
+HOLD = "hold"  # jobs do not end while the storage has a file of this name
 
 
 class KMeansAnalyser:
@@ -44,6 +45,10 @@ class KMeansAnalyser:
             progress({"stage": "train", "epoch": epoch, "epochs": epochs, "loss": 100.0 / epoch})
             if params.get("method") == "die" and epoch == 3:
                 os.abort()
+            time.sleep(EPOCH_SECONDS)
+        hold = next(iter(files.values())).parents[3] / HOLD  # STORAGE/jobs/ID/upload/FILE
+        while hold.exists():
+            progress({"stage": "hold"})
             time.sleep(EPOCH_SECONDS)
         if params.get("method") == "fail":
             raise DataError("X has only zeros. Send counts")

@@ -54,6 +54,31 @@ def section(make_section):
     return make_section()
 
 
+@pytest.fixture
+def hold(storage):
+    """Keep jobs running; returns what lets them end."""
+    file = storage / "hold"
+    file.touch()
+    yield lambda: file.unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def started(client, section, submit, hold):
+    """Return started(seed) -> id of a job that runs, and goes on until it is let go."""
+
+    def start(seed):
+        job_id = submit(client, section, {"seed": seed, "epochs": 1}).json()["job_id"]
+        wait_until(lambda: stage_of(client, job_id) == "hold")
+        return job_id
+
+    return start
+
+
+def stage_of(client, job_id):
+    return client.get(f"/v1/jobs/{job_id}").json()["progress"].get("stage")
+
+
 def processes(title):
     found = []
     for process in psutil.Process().children(recursive=True):
@@ -91,9 +116,8 @@ def test_a_section_goes_in_and_domains_come_out(client, section, submit, wait_fo
     assert client.get("/healthz").json()["status"] == "ok"
 
 
-def test_the_death_of_all_replicas_takes_no_job_with_it(client, section, submit, wait_for):
-    job_id = submit(client, section, {"seed": 1, "epochs": 300}).json()["job_id"]
-    wait_for(client, job_id, "running")
+def test_the_death_of_all_replicas_takes_no_job_with_it(client, started, hold, wait_for):
+    job_id = started(1)
     for process in processes("ServeReplica:spatial"):
         os.kill(process.pid, signal.SIGKILL)
 
@@ -104,15 +128,15 @@ def test_the_death_of_all_replicas_takes_no_job_with_it(client, section, submit,
             return False
 
     wait_until(answers, seconds=60)
+    hold()
     status = wait_for(client, job_id, seconds=120)
     assert (status["status"], status["attempt"]) == ("done", 1)
 
 
-def test_a_killed_worker_has_its_job_done_again_under_the_same_id(client, section, submit, wait_for):
-    job_id = submit(client, section, {"seed": 2, "epochs": 200}).json()["job_id"]
-    wait_for(client, job_id, "running")
-    wait_until(lambda: processes("ray::spatial-job"))
+def test_a_killed_worker_has_its_job_done_again_under_the_same_id(client, started, hold, wait_for):
+    job_id = started(2)
     kill("ray::spatial-job")
+    hold()
     status = wait_for(client, job_id, seconds=120)
     assert (status["status"], status["attempt"]) == ("done", 2)
 
@@ -125,21 +149,23 @@ def test_a_job_that_kills_every_worker_fails_after_the_attempts_allowed(client, 
     assert "lost 2 times" in status["error"]["message"]
 
 
-def test_a_killed_supervisor_is_restarted_and_goes_on(client, section, submit, wait_for):
-    job_id = submit(client, section, {"seed": 3, "epochs": 200}).json()["job_id"]
-    wait_for(client, job_id, "running")
+def test_a_killed_supervisor_is_restarted_and_goes_on(client, started, hold, wait_for):
+    job_id = started(3)
     kill("ray::Supervisor")
+    wait_until(lambda: client.get(f"/v1/jobs/{job_id}").json()["attempt"] == 2)
+    hold()
     assert wait_for(client, job_id, seconds=120)["status"] == "done"
 
 
-def test_a_supervisor_that_is_gone_is_made_anew_when_a_job_shows_no_life(client, section, submit, wait_for):
+def test_a_supervisor_that_is_gone_is_made_anew_when_a_job_shows_no_life(client, started, hold, wait_for):
     import ray
     from tenfold.serve.spatial.supervisor import NAMESPACE
 
-    job_id = submit(client, section, {"seed": 4, "epochs": 200}).json()["job_id"]
-    wait_for(client, job_id, "running")
+    job_id = started(4)
     (name,) = [actor["name"] for actor in ray.util.list_named_actors(True) if actor["namespace"] == NAMESPACE]
     ray.kill(ray.get_actor(name, NAMESPACE))
+    wait_until(lambda: client.get(f"/v1/jobs/{job_id}").json()["attempt"] == 2)
+    hold()
     assert wait_for(client, job_id, seconds=120)["status"] == "done"
 
 

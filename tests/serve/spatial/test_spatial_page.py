@@ -101,11 +101,16 @@ def test_pointing_colouring_and_downloads(page, make_section):
     assert page.evaluate("window.tissue.plots.tissue.scale > 1.3 * window.tissue.plots.tissue.whole")
     page.locator("#legend button").nth(1).click()
     assert page.locator("#legend button[aria-pressed=true]").count() == 1
+    page.focus("#tissue canvas:last-child")
+    page.keyboard.press("0")
+    page.mouse.move(box["x"] + place[0], box["y"] + place[1])
     page.fill("#gene", "GENE1")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     page.wait_for_selector("#scale:visible")
     assert page.inner_text("#scale-high").startswith("gene1")
+    assert page.inner_text("#spot").startswith("cell7 ")
+    assert "gene1" in page.inner_text("#spot")
     for form, start in (("h5ad", b"\x89HDF"), ("csv", b"id,domain"), ("png", b"\x89PNG")):
         with page.expect_download() as got:
             page.click(f"[data-format={form}]")
