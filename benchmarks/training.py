@@ -15,10 +15,13 @@ them is not the platform's. A step has parts that half of the rows do not halve 
 Two tokenizers: DSKDv2 with exact token alignment (v2+ETA), at the student's vocabulary and at a large one. See
 training_cross.py; its `step GiB` and `/ naive` are of forward passes, loss and backward, without the optimizer.
 
+AlignDistil: its loss from hidden states against full logits (`/ naive`), and an off-policy step against what it
+consists of, at a vocabulary of 151,936. See training_align.py.
+
 `--quick` measures steps alone: the starts of Ray's workers and the naive loss at a large vocabulary take too long.
 
     python benchmarks/training.py --quick
-    python benchmarks/training.py --parts two_tokenizers
+    python benchmarks/training.py --parts two_tokenizers aligndistil
     python benchmarks/training.py --repetitions 7 --cycles 3 --json training.json
 """
 
@@ -31,6 +34,7 @@ from typing import Any
 import psutil
 import torch
 from reporting import Report, Target, argument_parser, median
+from training_align import align_targets, measure_align
 from training_cross import cross_targets, measure_cross
 from training_jobs import (
     BATCH,
@@ -56,7 +60,7 @@ STEPS = [
 ]
 QUICK_STEPS = [NAIVE, LIVE, CACHED]
 QUICK_ROWS = 4 * BATCH
-PARTS = ("steps", "jobs", "two_tokenizers")
+PARTS = ("steps", "jobs", "two_tokenizers", "aligndistil")
 BARE, ALONE, CEILING = "bare loop, 1 core", "Trainer alone, 1 core", "two bare loops, 1 core each"
 PLATFORM = {1: "Ray + DeepSpeed, 1 worker", 2: "Ray + DeepSpeed, 2 workers"}
 
@@ -256,6 +260,10 @@ def main() -> int:
         found = measure_cross(options.threads, repetitions)
         report.rows += found
         report.targets += cross_targets(found)
+    if "aligndistil" in parts:
+        found = measure_align(options.threads, repetitions)
+        report.rows += found
+        report.targets += align_targets(found)
     report.show(
         {
             "what": "what",

@@ -1,4 +1,4 @@
-"""AlignDistil: alignment as token-level distillation (arXiv 2503.02832), with DPO, cDPO, IPO, SimPO, TDPO, KTO and RTO.
+"""AlignDistil: alignment as token-level distillation (arXiv 2503.02832), with its competitors.
 
 A DPO model and a reverse DPO model (preferences exchanged) disagree where a token matters. Their logits, extrapolated
 at each token by as much as they disagree, are a teacher that is better than either; the policy is distilled into it by

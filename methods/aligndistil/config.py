@@ -186,7 +186,7 @@ class AlignDistilConfig(StrictModel):
         None, gt=0, description="largest weight beta_t of a token; default: none, beta_0 / epsilon (our option)"
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of pairs taken as swapped: cDPO (which takes 0.1 if 0), SimPO"
+        0.0, ge=0, lt=0.5, description="share of pairs taken as swapped: cDPO (which takes 0.1 if 0), DPO, SimPO"
     )
     nll_weight: float = Field(0.0, ge=0, description="weight of the chosen response's mean cross entropy beside DPO")
     simpo: SimPOOptions = Field(default_factory=SimPOOptions, description="options of SimPO")
@@ -216,6 +216,10 @@ class AlignDistilConfig(StrictModel):
 
     @model_validator(mode="after")
     def _options_fit_the_objective(self) -> AlignDistilConfig:
+        for name in ("model", "dpo_model", "reverse_model"):
+            source = getattr(self, name)
+            if source is not None and source.model is None:
+                raise ValueError(f"{name}: alignment starts from a trained model; give model instead of config")
         if self.extrapolation is not None and self.official_beta2 is not None:
             raise ValueError("extrapolation and official_beta2 are two names of one option; give one of them")
         if self.objective in PREFERENCE and self.on_policy is not None:
@@ -225,8 +229,12 @@ class AlignDistilConfig(StrictModel):
             )
         if self.objective == "rto" and self.on_policy is None:
             raise ValueError("objective = rto trains on the policy's own responses; give on_policy: {}")
-        if self.objective == "simpo" and self.nll_weight:
-            raise ValueError("nll_weight stands beside DPO; SimPO has no such term")
+        if self.on_policy is not None and self.on_policy.engine == "vllm" and self.lora is not None:
+            raise ValueError("on_policy.engine = vllm takes a whole policy, not an adapter; leave lora out")
+        if self.objective in ("simpo", "kto") and self.nll_weight:
+            raise ValueError(f"nll_weight stands beside DPO; {self.objective} has no such term")
+        if self.objective in ("ipo", "tdpo1", "tdpo2", "kto") and self.label_smoothing:
+            raise ValueError(f"label_smoothing is read by dpo, cdpo and simpo; objective is {self.objective}")
         if self.objective == "kto" and self.training.per_device_train_batch_size < 2:
             raise ValueError("objective = kto compares the rows of a batch: per_device_train_batch_size must be >= 2")
         if self.reverse_model is not None and "reverse" not in self.frozen_names:

@@ -1,0 +1,131 @@
+"""The stages of an alignment run: a DPO and a reverse DPO model where they are not given, then the policy.
+
+Stage 1 trains both from the same model on the same rows in the same order; only chosen and rejected are exchanged
+(arXiv 2503.02832, Section 3). What it gives is shared by all runs and trials with the same data and options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tenfold.methods.aligndistil.config import PREFERENCE, AlignDistilConfig
+from tenfold.platform.method import Outcome
+from tenfold.platform.models.source import ModelSource
+from tenfold.platform.stages import Stage, StageResult
+
+if TYPE_CHECKING:
+    from tenfold.platform.context import RunContext
+
+# Options that only evaluation or the place of work depend on.
+UNDECISIVE = {"evaluation", "side_by_side", "preference_training", "dpo_model", "reverse_model", "model"}
+
+
+def preference_config(config: AlignDistilConfig, *, reverse: bool) -> AlignDistilConfig:
+    """Return the options of the DPO (or reverse DPO) stage of a run."""
+    data = config.data.model_copy(update={"swap_preferences": config.data.swap_preferences != reverse})
+    changes = {
+        "objective": "dpo",
+        "data": data,
+        "training": config.preference_training or config.training,
+        "preference_training": None,
+        "on_policy": None,
+        "dpo_model": None,
+        "reverse_model": None,
+        # what DPO does not read must not make another stage
+        **{name: AlignDistilConfig.model_fields[name].get_default() for name in ("extrapolation", "official_beta2")},
+        **{
+            name: AlignDistilConfig.model_fields[name].get_default(call_default_factory=True)
+            for name in ("epsilon", "constant", "temperature", "length_norm", "max_token_weight", "tdpo_alpha")
+        },
+        **{
+            name: AlignDistilConfig.model_fields[name].get_default(call_default_factory=True)
+            for name in ("simpo", "kto", "rto")
+        },
+    }
+    return config.model_copy(update=changes)
+
+
+def frozen_models(config: AlignDistilConfig, context: RunContext) -> dict[str, ModelSource]:
+    """Return name -> the frozen models that the objective reads; those that are missing are trained."""
+    given = {"dpo": config.dpo_model, "reverse": config.reverse_model, "reference": config.model}
+    missing = [name for name in config.frozen_names if given[name] is None]
+    stages = [
+        _stage(name, preference_config(config, reverse=name == "reverse"), context, shared=True) for name in missing
+    ]
+    done = dict(zip(missing, context.stages(stages, at_once=config.side_by_side), strict=True))
+    return {
+        name: given[name] or ModelSource(model=done[name].model_folder)  # a result is only there where none is given
+        for name in config.frozen_names
+    }
+
+
+def train_policy(config: AlignDistilConfig, context: RunContext) -> StageResult:
+    """Train what the objective names, after the frozen models that it needs."""
+    frozen = frozen_models(config, context)
+    return context.stages([_stage(config.objective, config, context, frozen=frozen)])[0]
+
+
+def _stage(
+    name: str,
+    config: AlignDistilConfig,
+    context: RunContext,
+    *,
+    frozen: dict[str, ModelSource] | None = None,
+    shared: bool = False,
+) -> Stage:
+    from tenfold.methods.aligndistil.preferences import data_digest
+    from tenfold.platform.models.manifest import model_digest
+    from tenfold.platform.models.references import resolve
+
+    sources = frozen if frozen is not None else {"reference": config.model}
+    decides: dict[str, Any] = {
+        "aligndistil": config.model_dump(mode="json", exclude=UNDECISIVE),
+        "model": model_digest(resolve(config.model)),
+        "data": data_digest(config),
+        "workers": context.compute.workers,
+        "critic": None if config.rto.critic is None else model_digest(resolve(config.rto.critic)),
+        "frozen": {name: model_digest(resolve(source)) for name, source in sources.items()},
+    }
+    return Stage(name, decides, partial(_train, name, config, sources, decides), shared=shared)
+
+
+def _train(
+    name: str,
+    config: AlignDistilConfig,
+    frozen: dict[str, ModelSource],
+    decides: dict[str, Any],
+    context: RunContext,
+) -> Outcome:
+    from tenfold.platform.models.manifest import Parent
+    from tenfold.platform.training.launch import TrainingJob
+
+    payload = {
+        "aligndistil": config.model_dump(mode="json"),
+        "frozen": {key: source.model_dump(mode="json") for key, source in frozen.items()},
+    }
+    result = context.train(TrainingJob(trainer_of(config), payload, config.training, name=name))
+    metrics = {key: value for key, value in result.best.metrics.items() if key.startswith("eval/")}
+    parents = [
+        Parent(kind="policy", reference=config.model.name, digest=decides["model"]),
+        Parent(kind="data", reference=", ".join(s.path for s in config.data.train), digest=decides["data"]),
+        *(
+            Parent(kind=key, reference=source.name, digest=decides["frozen"][key])
+            for key, source in frozen.items()
+            if key != "reference"
+        ),
+    ]
+    model = context.save_model(result.best.path, name="policy", flavor="causal-lm", metrics=metrics, parents=parents)
+    return Outcome(metrics=metrics, model=model)
+
+
+def trainer_of(config: AlignDistilConfig) -> Callable[..., Any]:
+    """Return the function that makes an objective's Trainer on a worker."""
+    if config.objective in PREFERENCE:
+        from tenfold.methods.aligndistil.preference_trainer import build_trainer
+    elif config.objective == "rto":
+        from tenfold.methods.aligndistil.rto_trainer import build_trainer
+    else:
+        from tenfold.methods.aligndistil.distillation_trainer import build_trainer
+    return build_trainer
