@@ -7,13 +7,21 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two tests run at a time
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # every report waits for it; Ray's default is 2
 
+import functools
+import gc
 import shutil
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+# Ray's workers import what these folders hold beside the tests.
+RAY_MODULES = [Path(__file__).parent / "platform" / name for name in ("training", "tuning")]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -26,6 +34,105 @@ CORPUS = [
     "What is the capital of France? The capital of France is Paris.",
     "Name three colours: red, green and blue. The chef cooks the meal every day.",
 ]
+
+
+@functools.cache
+def uses_shared_cluster(path: Path) -> bool:
+    """Say whether a file's tests use `ray_session`."""
+    return "ray_session" in path.read_text(encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items):
+    """Put files that share a cluster first and next to each other, then what takes long: it is to begin early."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not uses_shared_cluster(item.path), item.path not in long))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give a file to one worker as a whole, and to one of them all files that share a cluster, in the order above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "shared cluster" if uses_shared_cluster(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Name bytes after their argument: compressed ones hold the time, and all workers must have the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
+def pytest_collection_finish():
+    """Keep the imported modules out of garbage collection: Trainers and engines start it often, and wait for it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """End the shared cluster before a test that does not use it: some tests are about what happens without one."""
+    if "ray_session" in item.fixturenames and "ray_session" not in getattr(nextitem, "fixturenames", ()):
+        from tenfold.platform import cluster
+
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    """Connect to a cluster of two cores, which the next file goes on to use: starting one takes ten seconds."""
+    from tenfold.platform import cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in RAY_MODULES:
+            patch.syspath_prepend(str(folder))
+            patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        cluster.connect(num_cpus=2, include_dashboard=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory):
+    """Return a function that puts an MLflow database without runs into a folder: making one takes seconds."""
+    from mlflow import MlflowClient
+
+    made = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{made}").search_experiments()
+
+    def put(folder: Path) -> str:
+        return f"sqlite:///{shutil.copy(made, folder / 'mlflow.db')}"
+
+    return put
+
+
+@pytest.fixture
+def tenfold(tmp_path, monkeypatch, capsys, caplog):
+    """Return tenfold(*arguments) -> (exit code, output, errors): the command in this process, in an empty folder.
+
+    It must not start Ray.
+    """
+    from tenfold.platform import cli, cluster
+
+    def refuse_to_start(**arguments):
+        raise AssertionError("Ray was to be started")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "no-cluster"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "connect", refuse_to_start)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tenfold", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

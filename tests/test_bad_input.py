@@ -5,12 +5,10 @@ The checks themselves are tested beside their modules; here they are met through
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from tenfold.platform import cli, cluster
 from tenfold.platform.experiment import load_experiment
 
 REPOSITORY = Path(__file__).parents[1]
@@ -27,27 +25,6 @@ def experiment(tmp_path):
 
 
 @pytest.fixture
-def tenfold(tmp_path, monkeypatch, capsys, caplog):
-    """Run the command line in an empty folder; returns (exit code, what it said on the error stream)."""
-
-    def refuse_to_start(**arguments):
-        raise AssertionError("the mistake was not found before Ray is started")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "no-cluster"))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "connect", refuse_to_start)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tenfold", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, capsys.readouterr().err
-
-    return run
-
-
-@pytest.fixture
 def refused(tmp_path, tenfold):
     """Run an experiment that holds a mistake; returns the message."""
 
@@ -55,7 +32,7 @@ def refused(tmp_path, tenfold):
         path = tmp_path / "experiment.yaml"
         path.write_text(yaml.safe_dump(data))
         before = sorted(tmp_path.rglob("*"))
-        code, text = tenfold("run", path, *arguments)
+        code, _, text = tenfold("run", path, *arguments)
         assert code == 2, text
         assert text.count("error: ") == 1, text
         assert "Traceback" not in text
@@ -76,10 +53,10 @@ def write_rows(path, rows):
     return path
 
 
-def test_the_experiment_itself_is_good(experiment, tmp_path, tenfold, capsys):
+def test_the_experiment_itself_is_good(experiment, tmp_path, tenfold):
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(experiment))
-    code, text = tenfold("run", path, "--plan")
+    code, _, text = tenfold("run", path, "--plan")
     assert code == 0, text
     assert sorted(tmp_path.rglob("*")) == [path]
 
@@ -171,7 +148,7 @@ def test_all_others_take_a_teacher_of_another_vocabulary(experiment, tmp_path, t
     experiment["config"] |= {"objective": objective, "teacher": {"model": str(tiny_model_folder)}}
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(experiment))
-    code, text = tenfold("run", path, "--plan")
+    code, _, text = tenfold("run", path, "--plan")
     assert code == 0, text
 
 
@@ -267,7 +244,7 @@ def test_a_submitted_job_with_absolute_addresses_passes(experiment, tmp_path, te
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(experiment))
-    code, text = tenfold("run", path, "--plan")
+    code, _, text = tenfold("run", path, "--plan")
     assert code == 0, text
 
 
@@ -275,12 +252,12 @@ def test_a_plan_with_ray_data_starts_no_cluster(experiment, tmp_path, tenfold):
     path = tmp_path / "experiment.yaml"
     rows = write_rows(tmp_path / "rows.jsonl", GOOD_ROWS)
     path.write_text(yaml.safe_dump(with_data(experiment, rows, format="ray")))
-    code, text = tenfold("run", path, "--plan")
+    code, _, text = tenfold("run", path, "--plan")
     assert code == 0, text
 
 
 def test_an_unknown_method_with_nothing_near_lists_the_known_ones(tenfold):
-    code, text = tenfold("methods", "zzz")
+    code, _, text = tenfold("methods", "zzz")
     assert code == 2
     assert "error: zzz: unknown method. Known: " in text
 
@@ -289,7 +266,7 @@ def test_an_unknown_method_with_nothing_near_lists_the_known_ones(tenfold):
 def test_a_file_that_is_no_experiment_is_refused_with_its_name(tmp_path, tenfold, content):
     path = tmp_path / "experiment.yaml"
     path.write_bytes(content)
-    code, said = tenfold("run", path)
+    code, _, said = tenfold("run", path)
     assert code == 2, said
     assert said.count("error: ") == 1
     assert str(path) in said
@@ -300,7 +277,7 @@ def test_commands_for_runs_name_the_runs_there_are(tmp_path, tenfold):
     (tmp_path / "runs" / "demo-1234").mkdir(parents=True)
     (tmp_path / "runs" / "demo-1234" / "run.json").write_text("{}")
     for command in (["evaluate", "dmo-1234"], ["compare", "dmo-1234"], ["export", "dmo-1234", "folder"]):
-        code, text = tenfold(*command)
+        code, _, text = tenfold(*command)
         assert code == 2, text
         assert "error: dmo-1234: no such run; did you mean demo-1234?" in text
         assert text.count("error: ") == 1
@@ -339,7 +316,7 @@ def test_a_damaged_state_is_named_by_every_command_and_left_as_it_is(finished, t
     path = finished / "run.json"
     path.write_bytes(content)
     for command in (*commands_for(finished.name), ["run", "experiment.yaml"], ["run", "experiment.yaml", "--plan"]):
-        code, text = tenfold(*command)
+        code, _, text = tenfold(*command)
         assert code == 2, text
         assert f"error: {path} cannot be used: " in text
         assert "delete it and start the same experiment again" in text
@@ -353,7 +330,7 @@ def test_a_damaged_experiment_of_a_run_is_named_with_where_a_copy_is(finished, t
     if content is not None:
         path.write_bytes(content)
     for command in commands_for(finished.name):
-        code, text = tenfold(*command)
+        code, _, text = tenfold(*command)
         assert code == 2, text
         assert f"error: run {finished.name}: its experiment cannot be used: " in text
         assert f"Put back {path}: MLflow has a copy, the artifact experiment.yaml of run 17ab" in text
@@ -363,5 +340,5 @@ def test_a_damaged_run_of_another_name_does_not_matter(finished, tenfold):
     other = finished.with_name("other-1")
     other.mkdir()
     (other / "run.json").write_text("{")
-    code, text = tenfold("compare", "dskd-contract", "--latest", 1)
+    code, _, text = tenfold("compare", "dskd-contract", "--latest", 1)
     assert code == 0, text

@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[1]
 CONTRACT = REPOSITORY / "tests" / "methods" / "dskd" / "contract.yaml"
-START_SECONDS = 60
-JOB_SECONDS = 240
+START_SECONDS = 180
+JOB_SECONDS = 600
 
 
 def ray(*arguments, env, **options):
@@ -85,6 +85,7 @@ def cluster(folder, free_port):
         "RAY_TMPDIR": str(folder / "ray"),  # nobody finds this cluster by looking into /tmp/ray
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on the loopback interface only
         "HF_HUB_OFFLINE": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"],
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     env = without | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}

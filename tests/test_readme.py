@@ -18,8 +18,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 PROGRAMS = ("tenfold", "make", "mlflow", "ray", "serve")
-START_SECONDS = 120
-SECONDS = 300
+START_SECONDS = 300
+SECONDS = 600
 
 # Command as README.md shows it -> FILE::TEST that runs it, or a part of it that takes less time. A new command needs
 # a line.
@@ -70,7 +70,8 @@ def shown_commands(text):
 
 
 @pytest.fixture(scope="module")
-def folder(short_folder):
+def folder(short_folder, tracking_uri):
+    tracking_uri(short_folder)  # the demo's own would be made here
     return short_folder
 
 
@@ -188,7 +189,6 @@ def test_make_test_runs_all_tests():
     assert done.stdout.splitlines()[-1] == ".venv/bin/python -m pytest"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -201,8 +201,9 @@ def test_make_test_runs_all_tests():
         "tenfold sweep gates/fusion --plan",
     ],
 )
-def test_a_plan_starts_nothing(shell, tmp_path, command):
-    output = shell(command, cwd=tmp_path)
+def test_a_plan_starts_nothing(tenfold, tmp_path, command):
+    code, output, errors = tenfold(*command.split()[1:])
+    assert code == 0, errors
     assert "the plan fits; nothing was started" in output
     assert ("310" in output) == (command.split()[2] in ("dskd/demo", "dskd/sweep_seeds") and "=50" not in command)
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import pytest
-from tenfold.platform import cluster
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.experiment import load_experiment
 from tenfold.platform.method import method_names
@@ -14,25 +13,13 @@ from tenfold.platform.run import evaluate, find_run, plan, run
 from tenfold.platform.storage import Storage
 from tenfold.platform.training.checkpoints import list_checkpoints
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session():
-    cluster.connect(num_cpus=2, include_dashboard=False)
-    yield
-    cluster.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_method_runs_saves_resumes_and_evaluates(name, tmp_path):
-    def load(*more):
-        return load_experiment(
-            str(Path(__file__).parent / name / "contract.yaml"),
-            [f"storage={tmp_path / 'runs'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", *more],
-        )
-
-    loaded = load()
+def test_method_runs_saves_resumes_and_evaluates(name, tmp_path, tracking_uri):
+    own = [f"storage={tmp_path / 'runs'}", f"tracking.uri={tracking_uri(tmp_path)}"]
+    loaded = load_experiment(str(Path(__file__).parent / name / "contract.yaml"), own)
     assert plan(loaded)
     result = run(loaded)
     assert all(math.isfinite(value) for value in result.outcome.metrics.values())

@@ -171,7 +171,7 @@ def trained(tmp_path_factory, student, other_student, own_settings):
             checkpoint = folders["checkpoint", *combination] = checkpoint_of(job["checkpoints"], STEPS - 1)
             jobs.append({**job, "resume": str(checkpoint), "output": str(again)})
     (base / "jobs.json").write_text(json.dumps(jobs))
-    subprocess.run([sys.executable, str(SCRIPT), str(base / "jobs.json"), "2"], check=True, timeout=300)
+    subprocess.run([sys.executable, str(SCRIPT), str(base / "jobs.json"), "2"], check=True, timeout=900)
     return folders
 
 
@@ -269,10 +269,11 @@ def test_v2_finds_the_teachers_prediction_by_itself(spaces):
 
 @pytest.mark.ray
 def test_a_launched_run_with_own_settings_and_a_live_teacher_gives_the_same_losses(
-    trained, student, own_settings, tmp_path
+    trained, student, own_settings, tmp_path, tracking_uri
 ):
     from mlflow import MlflowClient
 
+    uri = tracking_uri(tmp_path)
     config = options(student, objective="dual_space_v2", teacher_mode="live")
     loaded = check_experiment(
         {
@@ -281,7 +282,7 @@ def test_a_launched_run_with_own_settings_and_a_live_teacher_gives_the_same_loss
             "config": config,
             "compute": {"workers": 2, "deepspeed": own_settings, "max_failures": 0},
             "storage": str(tmp_path / "runs"),
-            "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+            "tracking": {"uri": uri},
         },
         "own-settings",
     )
@@ -290,8 +291,6 @@ def test_a_launched_run_with_own_settings_and_a_live_teacher_gives_the_same_loss
         result = run(loaded)
     finally:
         cluster.shutdown()
-    history = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_metric_history(
-        result.mlflow_run_id, "train/loss"
-    )
+    history = MlflowClient(uri).get_metric_history(result.mlflow_run_id, "train/loss")
     found = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
     assert found == pytest.approx(losses(trained["dual_space_v2", "own.json", "live"]), rel=1e-5)

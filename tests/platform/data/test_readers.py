@@ -182,39 +182,3 @@ def test_without_a_cluster_ray_sources_are_read_without_starting_one(tmp_path, m
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a"\n')
     with pytest.raises(DataError, match=r"bad\.jsonl, row 2: not JSON"):
         read(tmp_path / "bad.jsonl", format="ray")
-
-
-@pytest.fixture(scope="module")
-def ray_session():
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.ray
-def test_ray_data_gives_the_same_rows_in_order_as_the_plain_readers(tmp_path, monkeypatch, ray_session):
-    monkeypatch.chdir(tmp_path)
-    rows = [{"instruction": f"Say {n}.", "output": [str(n), "x"]} for n in range(3000)]
-    write_jsonl(tmp_path / "data.jsonl", rows)
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    folder = tmp_path / "parts"
-    folder.mkdir()
-    for part in range(3):
-        table = pyarrow.Table.from_pylist(rows[part * 1000 : (part + 1) * 1000])
-        pyarrow.parquet.write_table(table, folder / f"{part}.parquet")
-    for name in ("data.jsonl", "data.json", "parts"):
-        found = read(name, format="ray")
-        assert [row for row, _ in found] == rows
-        assert found[-1][1] == f"{name}, row 3000"
-
-
-@pytest.mark.ray
-def test_ray_data_names_a_missing_or_broken_file(tmp_path, ray_session):
-    with pytest.raises(DataError, match=r"missing\.jsonl: no such file"):
-        read(tmp_path / "missing.jsonl", format="ray")
-    broken = tmp_path / "broken.parquet"
-    broken.write_bytes(b"nothing of the kind")
-    with pytest.raises(DataError, match=r"broken\.parquet: Ray Data cannot read it"):
-        read(broken, format="ray")

@@ -103,7 +103,7 @@ def trained(tmp_path_factory, student):
                 )
         (base / "jobs.json").write_text(json.dumps(jobs))
         command = [sys.executable, str(SCRIPT), str(base / "jobs.json"), str(world_size)]
-        subprocess.run(command, check=True, timeout=300)
+        subprocess.run(command, check=True, timeout=900)
     return found
 
 

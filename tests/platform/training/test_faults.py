@@ -7,12 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from tenfold.platform import cluster
 from tenfold.platform.cli import main
 from tenfold.platform.experiment import load_experiment
 from tenfold.platform.run import find_run, run
@@ -60,16 +58,14 @@ EXPERIMENT = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A Ray cluster whose workers find `faulty`, and a folder for all runs: what the teacher has read is shared."""
+def place(ray_session, tmp_path_factory, tracking_uri):
+    """A folder for all runs: what the teacher has read is shared."""
+    folder = tmp_path_factory.mktemp("faults")
+    tracking_uri(folder)
     with pytest.MonkeyPatch.context() as patch:
-        here = str(Path(__file__).parent)
-        patch.syspath_prepend(here)
-        patch.setenv("PYTHONPATH", here, prepend=os.pathsep)
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a report waits for this; Ray's default is 2
-        cluster.connect(num_cpus=2, include_dashboard=False)
-        yield tmp_path_factory.mktemp("faults")
-        cluster.shutdown()
+        # a report waits for it: long enough to kill something before the next checkpoints are there
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+        yield folder
 
 
 def write_experiment(place, name):

@@ -39,6 +39,7 @@ def train(job, rank, world_size):
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
     gc.collect()
+    gc.freeze()  # what is left are modules; accelerate collects often, and takes half a second with them
     torch.distributed.barrier()
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 from mlflow import MlflowClient
-from tenfold.platform import cluster
 from tenfold.platform.errors import ClusterError, ConfigError
 from tenfold.platform.experiment import check_experiment, load_experiment
 from tenfold.platform.storage import Storage
@@ -15,28 +14,23 @@ from tenfold.platform.tuning.study import run_sweep, sweep_identity
 
 TESTS = Path(__file__).parents[2]
 ROWS = TESTS.parent / "samples" / "instruct" / "short_instructions.json"
+STEPS = 6  # training goes on while Tune decides: so many that no trial is at its end when it is stopped
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_session():
-    cluster.connect(num_cpus=2, include_dashboard=False)
-    yield
-    cluster.shutdown()
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_sweep_stops_poor_trials_early_and_goes_on_after_failures(tmp_path):
+def test_a_sweep_stops_poor_trials_early_and_goes_on_after_failures(tmp_path, tracking_uri):
     present, late = tmp_path / "present.json", tmp_path / "late.json"
     shutil.copy(ROWS, present)
     loaded = load_experiment(
         str(TESTS / "methods" / "dskd" / "contract.yaml"),
         [
             f"storage={tmp_path / 'runs'}",
-            f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}",
+            f"tracking.uri={tracking_uri(tmp_path)}",
             "compute.workers=1",
             "config.objective=sft",
-            "config.training={max_steps: 2, logging_steps: 1, eval_strategy: steps, eval_steps: 1, save_steps: 1}",
+            f"config.training={{max_steps: {STEPS}, logging_steps: 1, eval_strategy: steps, eval_steps: 1}}",
+            "config.training.save_steps=1",
             "config.training.save_strategy=steps",
             "sweep={metric: eval/nll, mode: min, scheduler: asha, reduction_factor: 2}",
             f"sweep.space={{config.data.train.0.path: {{grid: [{present}, {late}]}}, "
@@ -58,7 +52,9 @@ def test_a_sweep_stops_poor_trials_early_and_goes_on_after_failures(tmp_path):
     for trial in result.trials:  # none was trained twice
         assert storage.list(f"{trial.run_id}/train/train")[0] == "attempt-001"
         assert "attempt-002" not in storage.list(f"{trial.run_id}/train/train")
-        assert [report["step"] for report in trial.reports] == ([1, 2] if trial.status == "finished" else [1])
+        steps = [report["step"] for report in trial.reports]
+        assert steps == list(range(1, len(steps) + 1))
+        assert (len(steps) == STEPS) == (trial.status == "finished")
     assert result.best.values["config.training.learning_rate"] == 1e-2
     with pytest.raises(ConfigError, match="finished already"):
         run_sweep(loaded)

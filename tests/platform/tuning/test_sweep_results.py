@@ -75,6 +75,13 @@ def test_failed_and_unfinished_trials_have_no_value_but_are_shown(top):
     assert result.best.run_id == "s-1-kl2"
 
 
+def test_a_trial_that_breaks_as_the_scheduler_stops_it_has_not_failed(top):
+    values = {"config.objective": "kl", "seed": 3}
+    top.write_text("s-1-kl3/trial.json", json.dumps({"values": values, "error": "must be used in a Tune session."}))
+    by_run = {trial.run_id: trial for trial in collect(top, "s-1", SWEEP).trials}
+    assert (by_run["s-1-kl3"].status, by_run["s-1-kl3"].error) == ("stopped", None)
+
+
 def test_reports_are_kept_once_a_step_and_told_in_order(tmp_path):
     reports = TrialReports(str(tmp_path), "eval/nll")
     assert not reports.keep({"train/loss": 1.0}, 1)

@@ -1,10 +1,11 @@
-"""DSKD from data to trained student with two real tokenizers: every objective, in one process, on real data."""
+"""DSKD from data to trained student with real tokenizers, in one process: every objective, exact means of a step."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tenfold.methods.dskd.config import DSKDConfig
+from tenfold.methods.dskd.method import DSKD
 from tenfold.methods.dskd.pairing import pair_rows
 from tenfold.methods.dskd.preparation import find_alignment, prepare
 from tenfold.methods.dskd.trainer import build_trainer
@@ -22,8 +23,9 @@ SHAPE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num
 SHAPE |= {"num_attention_heads": 2, "max_position_embeddings": 256}
 
 
-def options(objective, **more):
-    training = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+def options(objective, *, rows=4, passes=1, steps=4, learning_rate=1e-2, adam_epsilon=1e-8, **more):
+    training = {"max_steps": steps, "per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
+    training |= {"learning_rate": learning_rate, "adam_epsilon": adam_epsilon, "logging_steps": 1}
     training |= {"eval_strategy": "no", "save_strategy": "no"}
     data = {"train": [{"path": "sample:instruct/short_instructions.json", "stop": 10}], "validation_ratio": 0.2}
     data |= {"template": "alpaca", "max_length": 256, "max_prompt_length": 200}
@@ -48,7 +50,6 @@ def run(tmp_path_factory):
 def make(run, tmp_path):
     def trainer(config):
         payload = prepare(config, run, load_examples(config.data))
-        chosen = config.training.arguments()
         arguments = TrainingArguments(
             output_dir=str(tmp_path / "out"),
             use_cpu=True,
@@ -59,11 +60,32 @@ def make(run, tmp_path):
             label_names=["labels"],
             average_tokens_across_devices=True,
             lr_scheduler_type="constant",
-            **chosen,
+            **config.training.arguments(),
         )
         return build_trainer(WorkerContext(payload, TrainingOptions(), arguments, 1, 0, 1, {}))
 
     return trainer
+
+
+@pytest.fixture
+def train(make):
+    """Train to the end; returns the trainer."""
+
+    def finished(config):
+        trainer = make(config)
+        with seeded(1):
+            trainer.train()
+        return trainer
+
+    return finished
+
+
+def logged(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def logs(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 OBJECTIVES = ["sft", "seqkd", "dual_space_v1", "dual_space_v2", "overlap_kd", "uld", "mined"]
@@ -75,7 +97,7 @@ def test_every_objective_trains_all_its_parts(make, objective):
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     with seeded(1):
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer)
     assert len(losses) == 4
     assert torch.isfinite(torch.tensor(losses)).all()
     assert losses[-1] < losses[0]
@@ -116,15 +138,12 @@ def test_splitting_a_batch_gives_the_same_gradient(make, objective):
     ("objective", "tokenizer"),
     [("dual_space_v2", OTHER_TOKENIZER), ("dual_space_v2", TEACHER), ("kl", TEACHER), ("overlap_kd", OTHER_TOKENIZER)],
 )
-def test_on_policy_training_compares_on_what_the_student_writes(make, objective, tokenizer):
+def test_on_policy_training_compares_on_what_the_student_writes(train, objective, tokenizer):
     own = {"after_epochs": 1, "ratio": 1.0, "max_new_tokens": 6}
     student = {"config": SHAPE, "tokenizer": tokenizer}
-    trainer = make(options(objective, teacher_mode="live", on_policy=own, student=student))
-    with seeded(1):
-        trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    trainer = train(options(objective, teacher_mode="live", on_policy=own, student=student))
     # 8 rows, 4 a step: the second epoch begins with the third step
-    assert ["on_policy_" in " ".join(entry) for entry in log] == [False, False, True, True]
+    assert ["on_policy_" in " ".join(entry) for entry in logs(trainer)] == [False, False, True, True]
 
 
 def test_pairs_of_a_generated_response_that_is_cut_count_what_is_left_of_it(make, monkeypatch):
@@ -154,6 +173,38 @@ def test_pairs_of_a_generated_response_that_is_cut_count_what_is_left_of_it(make
     assert all(a == b or (a, b) == (tokenizer.eos_token, "</s>") for a, b in strings)
 
 
+@pytest.mark.parametrize(("tokenizer", "mode"), [(OTHER_TOKENIZER, "cache"), (TEACHER, "live")])
+def test_exact_means_do_not_depend_on_the_accumulation(train, tokenizer, mode):
+    # the teacher itself as the student agrees with it at first, a fresh one hardly ever
+    student = {"model": TEACHER} if tokenizer == TEACHER else {"config": SHAPE, "tokenizer": tokenizer}
+    more = {"student": student, "teacher_mode": mode, "normaliser": "global", "steps": 2, "learning_rate": 1e-3}
+    whole, split = (
+        train(options("dual_space_v2", rows=rows, passes=4 // rows, adam_epsilon=1e-4, **more)) for rows in (4, 1)
+    )
+    assert logged(whole) == pytest.approx(logged(split), rel=1e-4)
+    for name in ("student_space", "t2s_ce", "teacher_space", "t2s_agreement"):
+        assert logged(whole, name) == pytest.approx(logged(split, name), rel=1e-4, abs=1e-6, nan_ok=True), name
+    assert (logged(whole, "t2s_agreement")[0] > 0) == (tokenizer == TEACHER)
+    for (name, one), other in zip(whole.model.named_parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("std", ["masked", "batch"])
+def test_cross_model_attention_trains_on_what_the_student_writes(train, std):
+    own = {"after_epochs": 1, "ratio": 1.0, "max_new_tokens": 6}
+    log = logs(train(options("dual_space_v1", teacher_mode="live", on_policy=own, cma_std=std)))
+    assert ["on_policy_t2s_ce" in entry for entry in log] == [False, False, True, True]
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in log)
+
+
+def test_exact_means_of_a_step_that_generates_in_some_passes(train):
+    own = {"after_epochs": 0, "ratio": 0.5, "max_new_tokens": 6}
+    more = {"teacher_mode": "live", "on_policy": own, "normaliser": "global"}
+    log = logs(train(options("dual_space_v2", rows=1, passes=4, steps=2, **more)))
+    assert any("on_policy_t2s_ce" in entry and "t2s_ce" in entry for entry in log)
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in log)
+
+
 def test_data_without_any_pair_is_refused_before_training(run):
     config = options("dual_space_v2")
     rows = [{"input_ids": [1, 2], "labels": [-100, 2], "index": 0}]
@@ -173,3 +224,11 @@ def test_a_tokenizer_that_does_not_tell_its_bytes_is_refused_by_the_plan(tmp_pat
     with pytest.raises(ModelError, match="neither byte-level nor SentencePiece-like"):
         find_alignment(options("dual_space_v2", student=student))
     assert find_alignment(options("dual_space_v1", student=student)) == "cma"
+
+
+def test_a_student_that_caps_its_logits_is_refused_by_the_plan():
+    shape = {**SHAPE, "model_type": "gemma2", "head_dim": 8, "num_key_value_heads": 2}
+    config = options("dual_space_v2", student={"config": shape, "tokenizer": TEACHER})
+    context = SimpleNamespace(compute=SimpleNamespace(workers=1))
+    with pytest.raises(ModelError, match=r"gemma2: final_logit_softcapping = 30.0"):
+        DSKD().plan(config, context)
