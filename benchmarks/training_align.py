@@ -101,13 +101,13 @@ class LossCase:
         self.student.hidden.grad = self.student.head.grad = None
         return value.item()
 
-    def peak(self, loss: Callable[[], Tensor]) -> float:
-        """Return the peak GiB that a loss and its gradients create."""
+    def peak(self, loss: Callable[[], Tensor]) -> tuple[float, float]:
+        """Return the loss, and the peak GiB that it and its gradients create."""
         gc.collect()
         kept = [tensor for side in (self.student, self.dpo, self.other) for tensor in (side.hidden, side.head)]
         with PeakMemory(kept) as memory:
-            self.backward(loss)
-        return memory.peak / 2**30
+            value = self.backward(loss)
+        return value, memory.peak / 2**30
 
 
 class StepCase:
@@ -187,10 +187,10 @@ def measure_loss(threads: int, repetitions: int) -> list[dict[str, Any]]:
     if needed > free:
         note = f"plain needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free: not measured"
         del forms["plain"]
-    losses = {form: case.backward(loss) for form, loss in forms.items()}
+    found = {form: case.peak(loss) for form, loss in forms.items()}  # warms up, too
+    losses = {form: value for form, (value, _) in found.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4 * abs(losses["tenfold"]):
         raise SystemExit(f"AlignDistil: losses {losses}: not the same, nothing to compare")
-    peaks = {form: case.peak(loss) for form, loss in forms.items()}
     taken = medians({form: partial(case.backward, loss) for form, loss in forms.items()}, repetitions)
     rows = [
         {
@@ -199,7 +199,7 @@ def measure_loss(threads: int, repetitions: int) -> list[dict[str, Any]]:
             "cores": threads,
             "tokens_per_s": TOKENS / taken[form],
             "step_s": taken[form],
-            "step_gib": peaks[form],
+            "step_gib": found[form][1],
             "loss": losses[form],
         }
         for form in forms
@@ -207,7 +207,7 @@ def measure_loss(threads: int, repetitions: int) -> list[dict[str, Any]]:
     if "plain" in forms:
         rows[-1] |= {
             "speed_ratio": taken["plain"] / taken["tenfold"],
-            "memory_ratio": peaks["tenfold"] / peaks["plain"],
+            "memory_ratio": found["tenfold"][1] / found["plain"][1],
         }
     rows[-1]["note"] = note or f"{TOKENS} label positions, hidden size {HIDDEN}"
     return rows

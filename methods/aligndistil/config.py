@@ -141,6 +141,11 @@ class AlignEvaluation(StrictModel):
     max_pairs: int | None = Field(None, ge=1, description="held-out pairs that are scored; default: all")
     max_prompts: int = Field(64, ge=1, description="held-out prompts that are answered")
     token_plots: int = Field(3, ge=0, description="answers whose token weights are drawn")
+    contrast_reward: bool = Field(
+        False,
+        description="measure with the contrast of the DPO and the reverse model also where the objective does not "
+        "read them; they are trained first where they are missing, and shared",
+    )
     in_sweeps: bool = Field(
         True, description="also in every trial of a sweep, which otherwise compares what training itself measures"
     )
@@ -237,10 +242,9 @@ class AlignDistilConfig(StrictModel):
             raise ValueError(f"label_smoothing is read by dpo, cdpo and simpo; objective is {self.objective}")
         if self.objective == "kto" and self.training.per_device_train_batch_size < 2:
             raise ValueError("objective = kto compares the rows of a batch: per_device_train_batch_size must be >= 2")
-        if self.reverse_model is not None and "reverse" not in self.frozen_names:
-            raise ValueError(f"objective = {self.objective} reads no reverse model; remove reverse_model")
-        if self.dpo_model is not None and "dpo" not in self.frozen_names:
-            raise ValueError(f"objective = {self.objective} reads no DPO model; remove dpo_model")
+        for name in ("dpo", "reverse"):
+            if getattr(self, f"{name}_model") is not None and name not in self.evaluated_names:
+                raise ValueError(f"objective = {self.objective} reads no {name} model; remove {name}_model")
         return self
 
     @property
@@ -264,3 +268,9 @@ class AlignDistilConfig(StrictModel):
             "rto": ("dpo", "reference"),
             "simpo": (),
         }.get(self.objective, ("reference",))
+
+    @property
+    def evaluated_names(self) -> tuple[str, ...]:
+        """Return the frozen models that training or evaluation reads."""
+        read = set(self.frozen_names) | ({"dpo", "reverse"} if self.evaluation.contrast_reward else set())
+        return tuple(name for name in ("dpo", "reverse", "reference") if name in read)

@@ -104,7 +104,7 @@ def _check_batch(name: str, options: TrainingOptions, rows: int, workers: int) -
 
 def _stages(config: AlignDistilConfig) -> list[tuple[str, TrainingOptions]]:
     given = {"dpo": config.dpo_model, "reverse": config.reverse_model}
-    first = [name for name in config.frozen_names if name in given and given[name] is None]
+    first = [name for name in config.evaluated_names if name in given and given[name] is None]
     options = config.preference_training or config.training
     return [(name, options) for name in first] + [(config.objective, config.training)]
 

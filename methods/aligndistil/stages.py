@@ -48,22 +48,23 @@ def preference_config(config: AlignDistilConfig, *, reverse: bool) -> AlignDisti
 
 
 def frozen_models(config: AlignDistilConfig, context: RunContext) -> dict[str, ModelSource]:
-    """Return name -> the frozen models that the objective reads; those that are missing are trained."""
+    """Return name -> the frozen models that training or evaluation reads; those that are missing are trained."""
     given = {"dpo": config.dpo_model, "reverse": config.reverse_model, "reference": config.model}
-    missing = [name for name in config.frozen_names if given[name] is None]
+    missing = [name for name in config.evaluated_names if given[name] is None]
     stages = [
         _stage(name, preference_config(config, reverse=name == "reverse"), context, shared=True) for name in missing
     ]
     done = dict(zip(missing, context.stages(stages, at_once=config.side_by_side), strict=True))
     return {
         name: given[name] or ModelSource(model=done[name].model_folder)  # a result is only there where none is given
-        for name in config.frozen_names
+        for name in config.evaluated_names
     }
 
 
 def train_policy(config: AlignDistilConfig, context: RunContext) -> StageResult:
     """Train what the objective names, after the frozen models that it needs."""
-    frozen = frozen_models(config, context)
+    models = frozen_models(config, context)
+    frozen = {name: models[name] for name in config.frozen_names}
     return context.stages([_stage(config.objective, config, context, frozen=frozen)])[0]
 
 
