@@ -36,6 +36,9 @@ EXECUTED = {
     "test_a_sweep_stops_poor_trials_early_and_goes_on_after_failures",
     "tenfold sweep dskd/sweep_seeds": HERE + "test_a_plan_starts_nothing",
     "tenfold sweep dskd/cross_vocabulary": HERE + "test_a_plan_starts_nothing",
+    "tenfold run aligndistil/demo": "tests/methods/test_contract.py::"
+    "test_method_runs_saves_resumes_and_evaluates",
+    "tenfold sweep aligndistil/compare": HERE + "test_a_plan_starts_nothing",
     "tenfold run gates/demo": HERE + "test_a_section_is_analysed_and_exported",
     "tenfold sweep gates/compare": HERE + "test_a_plan_starts_nothing",
     "tenfold sweep gates/fusion": HERE + "test_a_plan_starts_nothing",
@@ -197,6 +200,7 @@ def test_make_test_runs_all_tests():
         "tenfold sweep dskd/sweep_objectives --plan",
         "tenfold sweep dskd/sweep_seeds --plan",
         "tenfold sweep dskd/cross_vocabulary --plan",
+        "tenfold sweep aligndistil/compare --plan",
         "tenfold sweep gates/compare --plan",
         "tenfold sweep gates/fusion --plan",
     ],
