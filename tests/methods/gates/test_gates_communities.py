@@ -95,3 +95,10 @@ def test_few_cells_have_a_neighbour_graph():
     matrix = neighbour_matrix(np.array([[0.0], [1.0], [3.0]]), 15, 0)
     assert matrix.shape == (3, 3)
     assert abs(matrix - matrix.T).max() == 0
+
+
+def test_more_cells_than_scanpy_searches_exactly_by_itself():
+    values = np.random.default_rng(0).normal(size=(8300, 4)).astype(np.float32)
+    matrix = neighbour_matrix(values, 5, 0)
+    nearest = np.argsort(((values - values[17]) ** 2).sum(axis=1))[1:5]
+    assert set(nearest) <= set(matrix[17].indices)
