@@ -36,8 +36,7 @@ EXECUTED = {
     "test_a_sweep_stops_poor_trials_early_and_goes_on_after_failures",
     "tenfold sweep dskd/sweep_seeds": HERE + "test_a_plan_starts_nothing",
     "tenfold sweep dskd/cross_vocabulary": HERE + "test_a_plan_starts_nothing",
-    "tenfold run aligndistil/demo": "tests/methods/test_contract.py::"
-    "test_method_runs_saves_resumes_and_evaluates",
+    "tenfold run aligndistil/demo": "tests/methods/test_contract.py::test_method_runs_saves_resumes_and_evaluates",
     "tenfold sweep aligndistil/compare": HERE + "test_a_plan_starts_nothing",
     "tenfold run gates/demo": HERE + "test_a_section_is_analysed_and_exported",
     "tenfold sweep gates/compare": HERE + "test_a_plan_starts_nothing",

@@ -177,7 +177,7 @@ def prefers(wanted):
 def test_measuring_a_student_adds_judge_and_structure_where_they_are_asked_for(run, saved, monkeypatch, tmp_path):
     judge = {"base_url": "http://localhost/v1", "model": "m", "max_items": 3}
     config = options(structure_distance=2, judge=judge)
-    folder = saved(config)
+    folder = str(saved(config))
     references = {example.responses[0] for example in load_examples(config.data).validation}
     monkeypatch.setattr("tenfold.platform.evaluation.judge.ask", prefers(lambda text: text in references))
     found = measure(config, folder, run)
