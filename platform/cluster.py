@@ -6,13 +6,11 @@ before.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
 import stat
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from tenfold.platform.cluster_capacity import Capacity, capacity, check_capacity, local_capacity, node_facts
@@ -155,16 +153,15 @@ def _start_local(num_cpus: int | None, include_dashboard: bool | None) -> None:
     # watches for machines that a cloud takes back
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
-        with _known_address():
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=include_dashboard,
-                dashboard_host="127.0.0.1",
-                object_store_memory=_object_store_bytes(),
-                logging_level=logging.WARNING,
-                log_to_driver=True,
-            )
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=include_dashboard,
+            dashboard_host="127.0.0.1",
+            object_store_memory=_object_store_bytes(),
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+        )
     except Exception as error:
         _set_loopback(False)
         raise ClusterError(
@@ -172,28 +169,6 @@ def _start_local(num_cpus: int | None, include_dashboard: bool | None) -> None:
             f"machine; Ray's own logs are in /tmp/ray/session_latest/logs"
         ) from error
     _own = True
-
-
-@contextlib.contextmanager
-def _known_address() -> Iterator[None]:
-    """Give the processes of the cluster that is started inside the block its address as RAY_ADDRESS.
-
-    What Ray Train runs to look after a job asks for the job's state by that address. Without it, it would take any
-    other cluster on this machine, not find the job there, and end it.
-    """
-    from ray._private import ray_constants
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    own = {"RAY_ADDRESS": f"127.0.0.1:{port}", ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: port}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _set_loopback(enabled: bool) -> None:
