@@ -194,7 +194,10 @@ def _divergence_metrics(own: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for key in set(names) & set(own[0]["kl"]):
         total = sum(row["kl"][key] for row in own)
-        found |= {f"eval/kl_{names[key]}": total / len(own), f"eval/kl_{names[key]}_per_token": total / tokens}
+        found |= {
+            f"eval/answer_kl_{names[key]}": total / len(own),
+            f"eval/answer_kl_{names[key]}_per_token": total / tokens,
+        }
     return found
 
 
@@ -212,8 +215,8 @@ def _reward_metrics(
     return {
         # a tie is half a win, as with a judge
         "eval/win_rate": 100 * statistics.fmean((mine > other) + (mine == other) / 2 for mine, other in pairs),
-        "eval/reward": statistics.fmean(mine for mine, _ in pairs),
-        "start/reward": statistics.fmean(other for _, other in pairs),
+        "eval/answer_reward": statistics.fmean(mine for mine, _ in pairs),
+        "start/answer_reward": statistics.fmean(other for _, other in pairs),
     }
 
 

@@ -33,8 +33,8 @@ def test_the_contrastive_reward_decides_which_answer_wins():
     # rewards 0.3, 0, -0.2 against 0.1, 0, 0: a win, a tie, a loss
     found = _reward_metrics(own, theirs, beta=0.1)
     assert found["eval/win_rate"] == pytest.approx(50.0)
-    assert found["eval/reward"] == pytest.approx(0.1 / 3)
-    assert found["start/reward"] == pytest.approx(0.1 / 3)
+    assert found["eval/answer_reward"] == pytest.approx(0.1 / 3)
+    assert found["start/answer_reward"] == pytest.approx(0.1 / 3)
 
 
 def test_divergence_is_told_by_answer_and_by_token():
@@ -44,10 +44,10 @@ def test_divergence_is_told_by_answer_and_by_token():
     ]
     found = _divergence_metrics(own)
     assert found == {
-        "eval/kl_start": 1.25,
-        "eval/kl_start_per_token": 0.5,
-        "eval/kl_dpo": 0.5,
-        "eval/kl_dpo_per_token": 0.2,
+        "eval/answer_kl_start": 1.25,
+        "eval/answer_kl_start_per_token": 0.5,
+        "eval/answer_kl_dpo": 0.5,
+        "eval/answer_kl_dpo_per_token": 0.2,
     }
 
 
