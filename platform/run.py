@@ -128,7 +128,7 @@ def run(
         state = read_state(top, run_id, keys=RUN_KEYS)
         if state and state["status"] in ENDED:
             if trial is not None:
-                kept = Outcome(state["metrics"], state.get("artifacts", {}), state.get("model"))
+                kept = outcome_in(state)
                 return RunResult(run_id, top.uri_of(run_id), state["mlflow_run_id"], kept, experiment.method)
             raise ConfigError(
                 f"run {run_id} is {state['status']} already ({top.uri_of(run_id)}). "
@@ -164,16 +164,26 @@ def run(
             if trial is None:  # only its sweep knows why a trial ends
                 tracker.finish(status_after(error))
             raise
-        tracker.log_metrics(outcome.metrics)
-        state |= {
-            "status": "finished",
-            "metrics": dict(outcome.metrics),
-            "artifacts": dict(outcome.artifacts),
-            "model": outcome.model,
-        }
-        storage.write_text(STATE, json.dumps(state, indent=1))
-        tracker.finish("FINISHED")
+        keep_outcome(outcome, tracker, storage, STATE, state)
     return RunResult(run_id, storage.uri, tracker.run_id, outcome, experiment.method)
+
+
+def keep_outcome(outcome: Outcome, tracker: Tracker, storage: Storage, file: str, state: Mapping[str, Any]) -> None:
+    """Log what a run (or a stage) has measured, write it into its state and end its MLflow run."""
+    tracker.log_metrics(outcome.metrics)
+    ended = {
+        "status": "finished",
+        "metrics": dict(outcome.metrics),
+        "artifacts": dict(outcome.artifacts),
+        "model": outcome.model,
+    }
+    storage.write_text(file, json.dumps({**state, **ended}, indent=1))
+    tracker.finish("FINISHED")
+
+
+def outcome_in(state: Mapping[str, Any]) -> Outcome:
+    """Return the outcome in the state of what has ended."""
+    return Outcome(state["metrics"], state.get("artifacts", {}), state.get("model"))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.method import Outcome
-from tenfold.platform.run import flatten, only_one, spool_path, status_after
+from tenfold.platform.run import flatten, keep_outcome, only_one, outcome_in, spool_path, status_after
 from tenfold.platform.storage import Storage
 
 if TYPE_CHECKING:
@@ -88,16 +88,15 @@ def run_stage(context: RunContext, stage: Stage) -> StageResult:
         if state is not None and state["status"] == "finished":
             logger.info("%s: done already (%s)", stage.name, storage.uri)
             context.tracker.set_tags({f"tenfold.stage.{stage.name}": state["mlflow_run_id"]})
-            kept = Outcome(state["metrics"], state["artifacts"], state["model"])
-            return StageResult(storage, kept, state["mlflow_run_id"], reused=True)
+            return StageResult(storage, outcome_in(state), state["mlflow_run_id"], reused=True)
         return StageResult(storage, *_work(context, stage, storage, state), reused=False)
 
 
 def _work(context: RunContext, stage: Stage, storage: Storage, state: dict[str, Any] | None) -> tuple[Outcome, str]:
-    known = state is not None and state["mlflow_uri"] == context.tracker.uri
+    is_known = state is not None and state["mlflow_uri"] == context.tracker.uri
     tracker = context.tracker.child(
         f"{context.run_id}/{stage.name}",
-        run_id=state["mlflow_run_id"] if state is not None and known else None,
+        run_id=state["mlflow_run_id"] if state is not None and is_known else None,
         tags={"tenfold.stage": stage.name, "tenfold.method": context.method, "tenfold.storage": storage.uri},
         spool=Path(spool_path(storage)),
     )
@@ -112,15 +111,7 @@ def _work(context: RunContext, stage: Stage, storage: Storage, state: dict[str, 
     except BaseException as error:
         tracker.finish(status_after(error))
         raise
-    tracker.log_metrics(outcome.metrics)
-    state |= {
-        "status": "finished",
-        "metrics": dict(outcome.metrics),
-        "artifacts": dict(outcome.artifacts),
-        "model": outcome.model,
-    }
-    storage.write_text(STATE, json.dumps(state, indent=1))
-    tracker.finish("FINISHED")
+    keep_outcome(outcome, tracker, storage, STATE, state)
     return outcome, tracker.run_id
 
 

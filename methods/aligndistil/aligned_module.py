@@ -11,9 +11,7 @@ from tenfold.methods.aligndistil.config import AlignDistilConfig
 from tenfold.platform.data.positions import label_positions, next_labels
 from tenfold.platform.losses.chunked_rows import Side
 from tenfold.platform.losses.fused_linear import linear_cross_entropy_rows
-from tenfold.platform.models.heads import check_head, head_of
-from tenfold.platform.models.sharding import gathered
-from tenfold.platform.training.label_rows import frozen_label_rows, label_rows
+from tenfold.platform.training.label_rows import check_whole_head, frozen_label_rows, label_rows
 from tenfold.platform.training.module import TrainedModule
 from torch import Tensor, nn
 
@@ -47,9 +45,7 @@ class AlignedModule(TrainedModule):
             ModelError: a model's logits are not its head applied to the last hidden state.
         """
         for model in (self.exported, *self.frozen.values()):
-            plain = getattr(model, "module", model)
-            with gathered(head_of(plain)):
-                check_head(plain)
+            check_whole_head(model)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Side:
         """Return the policy's hidden rows and head at the R label positions, with gradients."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from tenfold.methods.aligndistil.agreement import check_vocabularies, disagreement, log_disagreement
 from tenfold.methods.aligndistil.collators import PairCollator
+from tenfold.methods.aligndistil.config import AlignDistilConfig
 from tenfold.methods.aligndistil.distillation_module import SUMS, DistillationModule
 from tenfold.methods.aligndistil.loading import load_models
 from tenfold.methods.aligndistil.on_policy import Rollout
+from tenfold.methods.aligndistil.preference_rows import Pair
 from tenfold.methods.aligndistil.preferences import held_out_pairs, load_pairs, load_prompts
 from tenfold.methods.aligndistil.tokenising import chosen_rows, pair_rows, prompt_rows
 from tenfold.platform.data.collator import CausalCollator
@@ -125,10 +128,7 @@ def build_trainer(context: WorkerContext) -> Trainer:
     check_vocabularies({"policy": config.model, **sources})
     module = DistillationModule(loaded.policy, config, loaded.frozen, num_columns=len(tokenizer))
     validation = held_out_pairs(config.data)
-    pad = tokenizer.pad_token_id
-    compared = pair_rows(validation[:COMPARED_PAIRS], tokenizer, config.data)[0]
-    size = max(config.training.per_device_eval_batch_size // 2, 1)  # pairs have two rows
-    collate_pairs, collator = PairCollator(pad), CausalCollator(pad)
+    collator = CausalCollator(tokenizer.pad_token_id)
     settings: dict[str, Any] = {
         "model": module,
         "args": context.arguments,
@@ -137,10 +137,7 @@ def build_trainer(context: WorkerContext) -> Trainer:
         "compute_metrics": functools.partial(distillation_metrics, other=module.other),
         "processing_class": tokenizer,
         "cosine_floor": config.training.lr_scheduler_type == "cosine_to_floor",
-        "compared": [
-            collate_pairs([compared[at] for at in range(start, min(start + size, len(compared)))])
-            for start in range(0, len(compared), size)
-        ],
+        "compared": compared_batches(validation, tokenizer, config),
     }
     if config.on_policy is None:
         rows = chosen_rows(load_pairs(config.data).train, tokenizer, config.data)[0]
@@ -151,6 +148,16 @@ def build_trainer(context: WorkerContext) -> Trainer:
     prompts = prompt_rows(load_prompts(config.data).train, tokenizer, config.data)[0]
     rollout = Rollout(config, tokenizer, collator, context.seed)
     return OnPolicyTrainer(train_dataset=prompts, rollout=rollout, **settings)
+
+
+def compared_batches(pairs: Sequence[Pair], tokenizer: Any, config: AlignDistilConfig) -> Batches:
+    """Return the first held-out pairs, on which the frozen models are compared before training, in batches."""
+    rows = pair_rows(pairs[:COMPARED_PAIRS], tokenizer, config.data)[0]
+    size = max(config.training.per_device_eval_batch_size // 2, 1)  # pairs have two rows
+    collate = PairCollator(tokenizer.pad_token_id)
+    return [
+        collate([rows[at] for at in range(start, min(start + size, len(rows)))]) for start in range(0, len(rows), size)
+    ]
 
 
 def distillation_metrics(prediction: Any, other: str | None) -> dict[str, float]:

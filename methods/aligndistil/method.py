@@ -32,14 +32,16 @@ class AlignDistil:
 
     def run(self, config: AlignDistilConfig, context: RunContext) -> Outcome:
         """Train the frozen models that are not given, then the policy, and evaluate it."""
-        from tenfold.methods.aligndistil.stages import train_policy
+        from tenfold.methods.aligndistil.evaluation import measure
+        from tenfold.methods.aligndistil.stages import frozen_models, train_policy
 
-        trained = train_policy(config, context)
+        frozen = frozen_models(config, context)
+        trained = train_policy(config, frozen, context)
         model = context.adopt_model(trained)
         metrics = {name: value for name, value in trained.outcome.metrics.items() if name.startswith("eval/")}
         if context.trial is not None and not config.evaluation.in_sweeps:
             return Outcome(metrics=metrics, model=model)
-        metrics |= self.evaluate(config, context.storage.uri_of(model), context)
+        metrics |= measure(config, context.storage.uri_of(model), frozen, context)
         return Outcome(metrics=metrics, artifacts={"answers": "answers.jsonl"}, model=model)
 
     def evaluate(self, config: AlignDistilConfig, model: str, context: RunContext) -> Mapping[str, float]:

@@ -8,15 +8,14 @@ from typing import Any, ClassVar
 import numpy
 import torch
 from tenfold.methods.aligndistil.agreement import check_vocabularies
-from tenfold.methods.aligndistil.collators import PairCollator
 from tenfold.methods.aligndistil.config import AlignDistilConfig
-from tenfold.methods.aligndistil.distillation_trainer import COMPARED_PAIRS, OnPolicyTrainer
+from tenfold.methods.aligndistil.distillation_trainer import OnPolicyTrainer, compared_batches
 from tenfold.methods.aligndistil.loading import load_models
 from tenfold.methods.aligndistil.on_policy import Rollout
 from tenfold.methods.aligndistil.preferences import held_out_pairs, load_prompts
 from tenfold.methods.aligndistil.rto_experience import Judged
 from tenfold.methods.aligndistil.rto_module import Critic, RTOModule
-from tenfold.methods.aligndistil.tokenising import chosen_rows, pair_rows, prompt_rows
+from tenfold.methods.aligndistil.tokenising import chosen_rows, prompt_rows
 from tenfold.platform.data.collator import CausalCollator
 from tenfold.platform.errors import ModelError
 from tenfold.platform.models.adapters import add_adapter
@@ -64,9 +63,7 @@ def build_trainer(context: WorkerContext) -> Trainer:
     check_vocabularies({"policy": config.model, **sources})
     critic = load_critic(config, tokenizer, seed=context.seed)
     validation = held_out_pairs(config.data)
-    compared = pair_rows(validation[:COMPARED_PAIRS], tokenizer, config.data)[0]
-    size = max(config.training.per_device_eval_batch_size // 2, 1)  # pairs have two rows
-    collator, collate_pairs = CausalCollator(tokenizer.pad_token_id), PairCollator(tokenizer.pad_token_id)
+    collator = CausalCollator(tokenizer.pad_token_id)
     return RTOTrainer(
         model=RTOModule(loaded.policy, config, loaded.frozen, num_columns=len(tokenizer), critic=critic),
         args=context.arguments,
@@ -78,10 +75,7 @@ def build_trainer(context: WorkerContext) -> Trainer:
         cosine_floor=config.training.lr_scheduler_type == "cosine_to_floor",
         projector_learning_rate=config.rto.critic_learning_rate,
         rollout=Rollout(config, tokenizer, collator, context.seed),
-        compared=[
-            collate_pairs([compared[at] for at in range(start, min(start + size, len(compared)))])
-            for start in range(0, len(compared), size)
-        ],
+        compared=compared_batches(validation, tokenizer, config),
     )
 
 

@@ -6,7 +6,7 @@ Stage 1 trains both from the same model on the same rows in the same order; only
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,31 +20,37 @@ if TYPE_CHECKING:
 
 # Options that only evaluation or the place of work depend on.
 UNDECISIVE = {"evaluation", "side_by_side", "preference_training", "dpo_model", "reverse_model", "model"}
+# Options that DPO does not read: they must not make another stage.
+NOT_OF_DPO = (
+    "preference_training",
+    "on_policy",
+    "dpo_model",
+    "reverse_model",
+    "extrapolation",
+    "official_beta2",
+    "epsilon",
+    "constant",
+    "temperature",
+    "length_norm",
+    "max_token_weight",
+    "tdpo_alpha",
+    "simpo",
+    "kto",
+    "rto",
+)
 
 
 def preference_config(config: AlignDistilConfig, *, reverse: bool) -> AlignDistilConfig:
     """Return the options of the DPO (or reverse DPO) stage of a run."""
-    data = config.data.model_copy(update={"swap_preferences": config.data.swap_preferences != reverse})
-    changes = {
-        "objective": "dpo",
-        "data": data,
-        "training": config.preference_training or config.training,
-        "preference_training": None,
-        "on_policy": None,
-        "dpo_model": None,
-        "reverse_model": None,
-        # what DPO does not read must not make another stage
-        **{name: AlignDistilConfig.model_fields[name].get_default() for name in ("extrapolation", "official_beta2")},
-        **{
-            name: AlignDistilConfig.model_fields[name].get_default(call_default_factory=True)
-            for name in ("epsilon", "constant", "temperature", "length_norm", "max_token_weight", "tdpo_alpha")
-        },
-        **{
-            name: AlignDistilConfig.model_fields[name].get_default(call_default_factory=True)
-            for name in ("simpo", "kto", "rto")
-        },
-    }
-    return config.model_copy(update=changes)
+    fields = AlignDistilConfig.model_fields
+    return config.model_copy(
+        update={
+            **{name: fields[name].get_default(call_default_factory=True) for name in NOT_OF_DPO},
+            "objective": "dpo",
+            "data": config.data.model_copy(update={"swap_preferences": config.data.swap_preferences != reverse}),
+            "training": config.preference_training or config.training,
+        }
+    )
 
 
 def frozen_models(config: AlignDistilConfig, context: RunContext) -> dict[str, ModelSource]:
@@ -61,9 +67,8 @@ def frozen_models(config: AlignDistilConfig, context: RunContext) -> dict[str, M
     }
 
 
-def train_policy(config: AlignDistilConfig, context: RunContext) -> StageResult:
-    """Train what the objective names, after the frozen models that it needs."""
-    models = frozen_models(config, context)
+def train_policy(config: AlignDistilConfig, models: Mapping[str, ModelSource], context: RunContext) -> StageResult:
+    """Train what the objective names beside the frozen models that it reads, of those in `models`."""
     frozen = {name: models[name] for name in config.frozen_names}
     return context.stages([_stage(config.objective, config, context, frozen=frozen)])[0]
 

@@ -98,27 +98,37 @@ def single_rows(
     singles: Sequence[Single], tokenizer: PreTrainedTokenizerBase, data: PreferenceData
 ) -> tuple[Dataset, TokenCounts]:
     """Return `input_ids`, `labels`, `desirable` (bool), `length` and `index`; else as `pair_rows`."""
-    counts = TokenCounts()
-    kept = _kept_prompts(singles, tokenizer, data, counts, room=ROOM)
-    rows = _rows(kept, singles, [single.response for single in singles], tokenizer, data, counts)
-    marked = [
-        {**row, "desirable": singles[index].desirable, "length": len(row["input_ids"]), "index": index}
-        for index, row in zip(kept, rows, strict=True)
-    ]
-    return _dataset(marked, singles, counts, data), counts
+    desirable = [single.desirable for single in singles]
+    return _answers(singles, [single.response for single in singles], tokenizer, data, desirable=desirable)
 
 
 def chosen_rows(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, data: PreferenceData
 ) -> tuple[Dataset, TokenCounts]:
     """Return `input_ids`, `labels`, `length` and `index` of the chosen responses; else as `pair_rows`."""
+    return _answers(pairs, [pair.chosen for pair in pairs], tokenizer, data)
+
+
+def _answers(
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreferenceData,
+    **more: Sequence[Any],
+) -> tuple[Dataset, TokenCounts]:
+    """Return the rows of one response to each prompt that is short enough, with further columns of the prompts."""
     counts = TokenCounts()
-    kept = _kept_prompts(pairs, tokenizer, data, counts, room=ROOM)
-    rows = _rows(kept, pairs, [pair.chosen for pair in pairs], tokenizer, data, counts)
-    numbered = [
-        {**row, "length": len(row["input_ids"]), "index": index} for index, row in zip(kept, rows, strict=True)
+    kept = _kept_prompts(prompts, tokenizer, data, counts, room=ROOM)
+    rows = [
+        {
+            **row,
+            **{name: values[index] for name, values in more.items()},
+            "length": len(row["input_ids"]),
+            "index": index,
+        }
+        for index, row in zip(kept, _rows(kept, prompts, texts, tokenizer, data, counts), strict=True)
     ]
-    return _dataset(numbered, pairs, counts, data), counts
+    return _dataset(rows, prompts, counts, data), counts
 
 
 def prompt_rows(
@@ -132,7 +142,6 @@ def prompt_rows(
         DataError: as `pair_rows`.
     """
     counts = TokenCounts()
-    check_tokenizer(tokenizer, data)
     kept = _kept_prompts(prompts, tokenizer, data, counts)
     rows = [
         {"input_ids": ids, "labels": [IGNORED] * len(ids), "length": len(ids), "index": index}

@@ -18,9 +18,10 @@ from tenfold.methods.dskd.loss_parts import Loss, LossSettings, Mask
 from tenfold.platform.data.positions import label_positions, next_labels
 from tenfold.platform.losses.divergence import DivergenceOptions
 from tenfold.platform.losses.fused_linear import linear_argmax, linear_cross_entropy_rows
-from tenfold.platform.models.heads import check_head, head_of
+from tenfold.platform.models.heads import head_of
 from tenfold.platform.models.hidden import final_hidden
 from tenfold.platform.models.sharding import gathered
+from tenfold.platform.training.label_rows import check_whole_head
 from tenfold.platform.training.module import TrainedModule
 from torch import Tensor, nn
 
@@ -139,11 +140,9 @@ class DistillationModule(TrainedModule):
         Raises:
             ModelError: a model's logits are not its head applied to the last hidden state.
         """
-        with self._student_weights():
-            check_head(self.exported)
+        check_whole_head(self.exported)
         if self._teacher[0] is not None:
-            with self._teacher_weights():
-                check_head(self._live_teacher())
+            check_whole_head(self._teacher[0])
 
     def _live_teacher(self) -> Any:
         teacher = self._teacher[0]

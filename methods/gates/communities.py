@@ -23,7 +23,7 @@ MAX_STEPS = 30
 
 # Exact and quick enough. scanpy's own choice above 8,192 cells, pynndescent, gives a matrix since its 0.7 that scanpy
 # 1.11 cannot read.
-NEIGHBOURS = "sklearn"
+NEIGHBOUR_SEARCH = "sklearn"
 
 
 def neighbour_matrix(values: np.ndarray, num_neighbours: int, seed: int) -> csr_matrix:
@@ -45,7 +45,7 @@ def neighbour_matrix(values: np.ndarray, num_neighbours: int, seed: int) -> csr_
             n_neighbors=min(num_neighbours, len(values) - 1),
             use_rep="values",
             random_state=seed,
-            transformer=NEIGHBOURS,
+            transformer=NEIGHBOUR_SEARCH,
         )
     return adata.obsp["connectivities"].tocsr()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tenfold.methods.gates import analysis as analysis_module
 from tenfold.methods.gates import readout, saved
-from tenfold.methods.gates.communities import NEIGHBOURS
+from tenfold.methods.gates.communities import NEIGHBOUR_SEARCH
 from tenfold.methods.gates.config import NETWORKS, GATESOptions, MethodName
 from tenfold.methods.gates.preparing import prepare
 from tenfold.platform.errors import ConfigError, DataError
@@ -177,7 +177,7 @@ def umap(adata: AnnData, *, key: str = "gates", n_neighbors: int = 15, random_st
         cells = Plain(embedding[kept])
         neighbours = min(n_neighbors, int(kept.sum()) - 1)
         scanpy.pp.neighbors(
-            cells, n_neighbors=neighbours, use_rep="X", random_state=random_state, transformer=NEIGHBOURS
+            cells, n_neighbors=neighbours, use_rep="X", random_state=random_state, transformer=NEIGHBOUR_SEARCH
         )
         scanpy.tl.umap(cells, random_state=random_state)
         whole[kept] = cells.obsm["X_umap"]

@@ -13,10 +13,24 @@ from typing import Any
 import torch
 from tenfold.platform.data.positions import label_positions
 from tenfold.platform.losses.chunked_rows import Side
-from tenfold.platform.models.heads import head_of
+from tenfold.platform.models.heads import check_head, head_of
 from tenfold.platform.models.hidden import final_hidden
 from tenfold.platform.models.sharding import gathered
 from torch import Tensor
+
+
+def check_whole_head(model: Any) -> None:
+    """Make sure that a loss which reads the head reads what the model predicts; also under ZeRO-3, on all ranks.
+
+    Args:
+        model: the trained one, or what `load_frozen` gave.
+
+    Raises:
+        ModelError: its logits are not its head applied to the last hidden state.
+    """
+    plain = getattr(model, "module", model)
+    with gathered(head_of(plain)):
+        check_head(plain)
 
 
 def label_rows(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Side:

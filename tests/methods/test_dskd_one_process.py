@@ -15,7 +15,6 @@ from tenfold.platform.models.randomness import seeded
 from tenfold.platform.storage import Storage
 from tenfold.platform.training.options import TrainingOptions
 from tenfold.platform.training.worker import WorkerContext
-from transformers import TrainingArguments
 
 TEACHER = "sample:models/stories260K"
 OTHER_TOKENIZER = "sample:tokenizers/gpt2"
@@ -47,22 +46,10 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def make(run, tmp_path):
+def make(run, local_arguments):
     def trainer(config):
         payload = prepare(config, run, load_examples(config.data))
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            seed=1,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            average_tokens_across_devices=True,
-            lr_scheduler_type="constant",
-            **config.training.arguments(),
-        )
-        return build_trainer(WorkerContext(payload, TrainingOptions(), arguments, 1, 0, 1, {}))
+        return build_trainer(WorkerContext(payload, TrainingOptions(), local_arguments(config.training), 1, 0, 1, {}))
 
     return trainer
 

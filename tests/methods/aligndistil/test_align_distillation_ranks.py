@@ -29,7 +29,6 @@ RUNS = {
     "own-zero3": (2, "zero3", OWN),
 }
 RESUMED = ("given-zero2", "own-zero3")  # from the checkpoint before the last step
-SUBJECTS = ["Tom", "Lily", "The bird", "A cat", "Mom", "The sun"]
 
 
 def first_of(name):
@@ -37,19 +36,8 @@ def first_of(name):
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Write pairs of unequal lengths, whose ranks have unequal numbers of tokens."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [
-        {
-            "prompt": f"{subject} {'very ' * (number % 3)}big {number}",
-            "chosen": " and happy." * (1 + number % 4),
-            "rejected": " or sad" * (1 + number % 5),
-        }
-        for number, subject in enumerate(SUBJECTS * 3)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
+def pairs(uneven_pairs):
+    return uneven_pairs(18)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tenfold.platform.models.randomness import seeded
 from tenfold.platform.models.source import ModelSource
 from tenfold.platform.training.options import TrainingOptions
 from tenfold.platform.training.worker import WorkerContext
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 START = {"model": "sample:models/stories260K"}
 STEPS = 3
@@ -75,26 +75,14 @@ ON_POLICY = {"on_policy": {"max_new_tokens": 5}}
 
 
 @pytest.fixture
-def build(tmp_path, frozen):
+def build(local_arguments, frozen):
     def make(config):
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            seed=1,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            average_tokens_across_devices=True,
-            lr_scheduler_type="constant",
-            **config.training.arguments(),
-        )
         given = {"reference": START, **frozen}
         payload = {
             "aligndistil": config.model_dump(mode="json"),
             "frozen": {name: given[name] for name in config.frozen_names},
         }
-        return build_trainer(WorkerContext(payload, TrainingOptions(), arguments, 1, 0, 1, {}))
+        return build_trainer(WorkerContext(payload, TrainingOptions(), local_arguments(config.training), 1, 0, 1, {}))
 
     return make
 

@@ -33,7 +33,6 @@ RUNS = {
     "kto-zero2": ("kto", "zero2", {}),
     "kto-zero3": ("kto", "zero3", {}),
 }
-SUBJECTS = ["Tom", "Lily", "The bird", "A cat", "Mom", "The sun"]
 
 
 def expected_of(name):
@@ -42,19 +41,8 @@ def expected_of(name):
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Write pairs of unequal lengths, whose ranks have unequal numbers of tokens."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [
-        {
-            "prompt": f"{subject} {'very ' * (number % 3)}big {number}",
-            "chosen": " and happy." * (1 + number % 4),
-            "rejected": " or sad" * (1 + number % 5),
-        }
-        for number, subject in enumerate(SUBJECTS * 2)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
+def pairs(uneven_pairs):
+    return uneven_pairs(12)
 
 
 @pytest.fixture(scope="module")

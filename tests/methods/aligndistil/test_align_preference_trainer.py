@@ -12,7 +12,6 @@ from tenfold.methods.aligndistil.preference_trainer import build_trainer, find_p
 from tenfold.platform.models.randomness import seeded
 from tenfold.platform.training.options import TrainingOptions
 from tenfold.platform.training.worker import WorkerContext
-from transformers import TrainingArguments
 
 MODEL = "sample:models/stories260K"
 ANSWERS = [
@@ -61,25 +60,13 @@ def options(pairs, objective, rows, passes, *, steps=2, data=None, **more):
 
 
 @pytest.fixture
-def made(tmp_path):
+def made(local_arguments):
     def make(config):
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            seed=1,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            average_tokens_across_devices=True,
-            lr_scheduler_type="constant",
-            **config.training.arguments(),
-        )
         payload = {
             "aligndistil": config.model_dump(mode="json"),
             "frozen": {name: {"model": MODEL} for name in config.frozen_names},
         }
-        return build_trainer(WorkerContext(payload, TrainingOptions(), arguments, 1, 0, 1, {}))
+        return build_trainer(WorkerContext(payload, TrainingOptions(), local_arguments(config.training), 1, 0, 1, {}))
 
     return make
 

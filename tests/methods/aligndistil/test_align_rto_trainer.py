@@ -13,7 +13,7 @@ from tenfold.platform.errors import ModelError
 from tenfold.platform.models.loading import load_tokenizer
 from tenfold.platform.models.randomness import seeded
 from tenfold.platform.models.source import ModelSource
-from transformers import EvalPrediction, TrainingArguments
+from transformers import EvalPrediction
 
 PAD, EOS, NO = 0, 2, -100
 COLLATE = CausalCollator(PAD)
@@ -61,7 +61,7 @@ class Scripted(Rollout):
 
 
 @pytest.fixture
-def trainer_of(tmp_path, tiny_llama):
+def trainer_of(local_arguments, tiny_llama):
     def make(config, rollout, frozen=None, prompts=16, policy=None):
         frozen = frozen or {"dpo": tiny_llama(seed=2, tied=False), "reference": tiny_llama(seed=1, tied=False)}
         for model in frozen.values():
@@ -75,21 +75,10 @@ def trainer_of(tmp_path, tiny_llama):
             num_columns=320,
             critic=Critic(tiny_llama(seed=4)),
         )
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            seed=1,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            average_tokens_across_devices=True,
-            **config.training.arguments() | {"lr_scheduler_type": "constant"},
-        )
         rows = [{"input_ids": [5, 7 + n, 9][: 1 + n % 3], "labels": [NO] * (1 + n % 3)} for n in range(prompts)]
         return RTOTrainer(
             model=module,
-            args=arguments,
+            args=local_arguments(config.training),
             train_dataset=rows,
             data_collator=COLLATE,
             projector_learning_rate=config.rto.critic_learning_rate,
