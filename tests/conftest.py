@@ -43,28 +43,11 @@ def uses_shared_cluster(path: Path) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """Put files that share a cluster first and next to each other, then what takes long: it is to begin early."""
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (not uses_shared_cluster(item.path), item.path not in long))
+    """Put files that share a cluster next to each other, at the end.
 
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Give a file to one worker as a whole, and to one of them all files that share a cluster, in the order above."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
-            return "shared cluster" if uses_shared_cluster(config.rootpath / file) else file
-
-    config.option.loadscopereorder = False
-    return ByFile(config, log)
-
-
-def pytest_make_parametrize_id(val, argname):
-    """Name bytes after their argument: compressed ones hold the time, and all workers must have the same names."""
-    return argname if isinstance(val, bytes) else None
+    Other tests measure the memory of all processes that this one has had, or compile what Ray's progress bars replace.
+    """
+    items.sort(key=lambda item: uses_shared_cluster(item.path))
 
 
 def pytest_collection_finish():
