@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import ConfigError
+from tenfold.platform.models.generation import end_tokens
 from tenfold.serve.config import Limits, ServedModel
 from tenfold.serve.decoding import StopMatcher, TextDecoder
 from tenfold.serve.engine import Engine, FinishReason
@@ -73,7 +74,7 @@ class LanguageModel:
         self.vocabulary_size = int(embeddings.weight.shape[0])
         self.engine = Engine(
             model,
-            eos_token_ids=eos_token_ids(model, tokenizer),
+            eos_token_ids=end_tokens(model, tokenizer),
             max_context=self.max_context,
             max_running=limits.max_running,
             max_waiting=limits.max_waiting,
@@ -235,15 +236,6 @@ def max_context(served: ServedModel, config: PretrainedConfig) -> int:
             f"models: {served.name}: max_context = {served.max_context}, the model was made for {most}; lower it"
         )
     return int(served.max_context if served.max_context is not None else most)
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
-    found = {tokenizer.eos_token_id}
-    settings = getattr(model, "generation_config", None)
-    more = getattr(settings, "eos_token_id", None)
-    found.update(more if isinstance(more, (list, tuple)) else [more])
-    return {token_id for token_id in found if token_id is not None}
 
 
 def load_language_model(served: ServedModel, limits: Limits, *, device: str) -> LanguageModel:

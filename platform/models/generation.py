@@ -83,6 +83,18 @@ def generate_tokens(
         return _continue(model, tokenizer, prompts, options, _generation_config(model, tokenizer, options))
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer of this model, sorted: its own and its tokenizer's EOS; none if neither."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return sorted({*(own if isinstance(own, list | tuple) else [own]), tokenizer.eos_token_id} - {None})
+
+
+def up_to_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Return the tokens up to the first that ends an answer, it included."""
+    at = next((number for number, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    return list(tokens[:at])
+
+
 def _continue(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -99,10 +111,7 @@ def _continue(
         output = generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
         )
-    return [
-        tokens[: next((at + 1 for at, token in enumerate(tokens) if token in config.eos_token_id), len(tokens))]
-        for tokens in output[:, ids.shape[1] :].tolist()
-    ]
+    return [up_to_end(tokens, config.eos_token_id) for tokens in output[:, ids.shape[1] :].tolist()]
 
 
 def _check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
@@ -136,13 +145,11 @@ def _generation_config(
 ) -> GenerationConfig:
     from transformers import GenerationConfig
 
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     unread = set() if options.do_sample else {"temperature", "top_p", "top_k"}
     return GenerationConfig(
         **options.model_dump(exclude={"batch_size", *unread}),
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(ends),
+        eos_token_id=end_tokens(model, tokenizer),
         use_cache=True,
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tenfold.platform.errors import ConfigError
+from tenfold.platform.models.generation import end_tokens, up_to_end
 from tenfold.platform.models.options import GenerationOptions
 
 
@@ -56,18 +57,6 @@ def engine_arguments(generation: GenerationOptions, *, memory: float, max_prompt
         "max_completion_length": generation.max_new_tokens,
         "logprobs": None,
     }
-
-
-def up_to_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """Return the tokens up to the first that ends a response, it included."""
-    at = next((number for number, token in enumerate(tokens, 1) if token in ends), len(tokens))
-    return list(tokens[:at])
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response of this model: its own and its tokenizer's EOS."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
 
 
 class VllmEngine:

@@ -1,13 +1,15 @@
 """Generation in batches: order, reproducibility, independence of padding and of the model's own defaults."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tenfold.platform.errors import ModelError
-from tenfold.platform.models.generation import generate_texts
+from tenfold.platform.models.generation import end_tokens, generate_texts, up_to_end
 from tenfold.platform.models.options import GenerationOptions
 
+EOS = 2
 PROMPTS = [[5, 60, 70], [8, 9, 10, 11, 12, 13, 14], [40], [100, 101, 102, 103, 104], [7, 7]]
 
 
@@ -175,3 +177,21 @@ def test_more_positions_than_the_model_has_are_refused_or_warned_about(model, ti
     with pytest.raises(ModelError, match=r"10 tokens and 12 new ones need more than the 16 positions of this gpt2"):
         generate_texts(learned, tiny_tokenizer, [[5] * 10], options_of(), seed=0)
     assert len(generate_texts(learned, tiny_tokenizer, [[5] * 4], options_of(), seed=0)) == 1
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, [EOS]), (9, [EOS, 9]), ([9, EOS], [EOS, 9])])
+def test_the_ends_are_those_of_model_and_tokenizer(own, expected):
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
+    assert end_tokens(model, SimpleNamespace(eos_token_id=EOS)) == expected
+
+
+def test_a_model_without_ends_of_its_own_has_the_tokenizers_and_perhaps_none():
+    assert end_tokens(SimpleNamespace(generation_config=None), SimpleNamespace(eos_token_id=EOS)) == [EOS]
+    assert end_tokens(SimpleNamespace(), SimpleNamespace(eos_token_id=None)) == []
+
+
+def test_an_answer_ends_with_its_first_end_token():
+    assert up_to_end([4, 5, EOS, 6, EOS], [EOS, 9]) == [4, 5, EOS]
+    assert up_to_end([4, 9, 5], [EOS, 9]) == [4, 9]
+    assert up_to_end([4, 5], [EOS]) == [4, 5]
+    assert up_to_end([], [EOS]) == []

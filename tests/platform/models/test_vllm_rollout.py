@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.models.options import GenerationOptions
-from tenfold.platform.models.vllm_rollout import VllmEngine, check_engine, end_tokens, engine_arguments, up_to_end
+from tenfold.platform.models.vllm_rollout import VllmEngine, check_engine, engine_arguments
 
 EOS = 2
 PLACE = {"memory": 0.4, "max_prompt_length": 5}
@@ -47,19 +47,6 @@ def test_an_engine_asks_trl_with_seed_and_ends_and_cuts_after_the_first(monkeypa
     assert engine.generate([(4, 5), (6,)], 77) == [[7, 9], [7, 8]]
     rules = {"seed": 77, "min_tokens": 1, "stop_token_ids": [EOS, 9]}
     assert asked == [(model, "accelerator", tokenizer), ([[4, 5], [6]], rules)]
-
-
-@pytest.mark.parametrize(("own", "expected"), [(None, [EOS]), (9, [EOS, 9]), ([9, EOS], [EOS, 9])])
-def test_the_ends_are_those_of_model_and_tokenizer(own, expected):
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
-    assert end_tokens(model, SimpleNamespace(eos_token_id=EOS)) == expected
-
-
-def test_an_answer_ends_with_its_first_end_token():
-    assert up_to_end([4, 5, EOS, 6, EOS], [EOS, 9]) == [4, 5, EOS]
-    assert up_to_end([4, 9, 5], [EOS, 9]) == [4, 9]
-    assert up_to_end([4, 5], [EOS]) == [4, 5]
-    assert up_to_end([], [EOS]) == []
 
 
 def test_missing_packages_are_named_with_their_extras(monkeypatch):
