@@ -60,7 +60,12 @@ class PreferenceData(DataConfig):
     validation: list[PreferenceSource] | None = Field(  # type: ignore[assignment]
         None, min_length=1, description="validation data; default: a part of the training data"
     )
-    max_length: int = Field(2048, ge=3, description="tokens of prompt and response together (official scripts: 2048)")
+    max_length: int = Field(
+        2048,
+        ge=3,
+        description="tokens of prompt and response together (official scripts: 2048); given responses are cut to it, "
+        "own ones (on_policy) must fit",
+    )
     max_prompt_length: int = Field(
         1024, ge=1, description="longest prompt; examples with a longer one are left out (official scripts: 1024)"
     )

@@ -13,7 +13,7 @@ from tenfold.methods.aligndistil.agreement import check_vocabularies, disagreeme
 from tenfold.methods.aligndistil.collators import PairCollator
 from tenfold.methods.aligndistil.config import AlignDistilConfig
 from tenfold.methods.aligndistil.distillation_module import SUMS, DistillationModule
-from tenfold.methods.aligndistil.loading import load_models
+from tenfold.methods.aligndistil.loading import Loaded, load_models
 from tenfold.methods.aligndistil.on_policy import Rollout
 from tenfold.methods.aligndistil.preference_rows import Pair
 from tenfold.methods.aligndistil.preferences import held_out_pairs, load_pairs, load_prompts
@@ -116,38 +116,41 @@ class OnPolicyTrainer(DistillationTrainer):
 
 
 def build_trainer(context: WorkerContext) -> Trainer:
-    """Load models and data on this worker and put them into a Trainer.
+    """Load models and data on this worker and put them into a Trainer; see `prepare`."""
+    loaded, settings = prepare(context)
+    config = loaded.config
+    module = DistillationModule(loaded.policy, config, loaded.frozen, num_columns=len(loaded.tokenizer))
+    make_trainer = DistillationTrainer if config.on_policy is None else OnPolicyTrainer
+    metrics = functools.partial(distillation_metrics, other=module.other)
+    return make_trainer(model=module, compute_metrics=metrics, **settings)
 
-    `context.config` is what `load_models` reads. Both variants are evaluated on the chosen responses of the held-out
-    pairs, which are the same in every run.
+
+def prepare(context: WorkerContext) -> tuple[Loaded, dict[str, Any]]:
+    """Load models and data of the objectives that read DPO models; returns a Trainer's arguments besides the models.
+
+    `context.config` is what `load_models` reads. Trained on chosen responses or, on-policy, on prompts; evaluated on
+    the chosen responses of the held-out pairs, which are the same in every run.
     """
-    payload = context.config
-    sources = {name: ModelSource.model_validate(source) for name, source in payload["frozen"].items()}
+    sources = {name: ModelSource.model_validate(source) for name, source in context.config["frozen"].items()}
     loaded = load_models(context)
     config, tokenizer = loaded.config, loaded.tokenizer
     check_vocabularies({"policy": config.model, **sources})
-    module = DistillationModule(loaded.policy, config, loaded.frozen, num_columns=len(tokenizer))
     validation = held_out_pairs(config.data)
     collator = CausalCollator(tokenizer.pad_token_id)
     settings: dict[str, Any] = {
-        "model": module,
         "args": context.arguments,
         "eval_dataset": chosen_rows(validation, tokenizer, config.data)[0],
         "data_collator": collator,
-        "compute_metrics": functools.partial(distillation_metrics, other=module.other),
         "processing_class": tokenizer,
         "cosine_floor": config.training.lr_scheduler_type == "cosine_to_floor",
         "compared": compared_batches(validation, tokenizer, config),
     }
     if config.on_policy is None:
-        rows = chosen_rows(load_pairs(config.data).train, tokenizer, config.data)[0]
-        return DistillationTrainer(train_dataset=rows, **settings)
-    sampling = config.on_policy
-    if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
-        logger.info("responses are drawn with another temperature, top_p or top_k: not from the policy itself")
-    prompts = prompt_rows(load_prompts(config.data).train, tokenizer, config.data)[0]
-    rollout = Rollout(config, tokenizer, collator, context.seed)
-    return OnPolicyTrainer(train_dataset=prompts, rollout=rollout, **settings)
+        settings["train_dataset"] = chosen_rows(load_pairs(config.data).train, tokenizer, config.data)[0]
+    else:
+        settings["train_dataset"] = prompt_rows(load_prompts(config.data).train, tokenizer, config.data)[0]
+        settings["rollout"] = Rollout(config, tokenizer, collator, context.seed)
+    return loaded, settings
 
 
 def compared_batches(pairs: Sequence[Pair], tokenizer: Any, config: AlignDistilConfig) -> Batches:

@@ -9,15 +9,18 @@ Legend: P prompts of a batch, n samples of each, B = P n sequences, T padded len
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tenfold.methods.aligndistil.config import AlignDistilConfig
 from tenfold.platform.data.positions import IGNORED
-from tenfold.platform.models.generation import generate_tokens
-from tenfold.platform.models.vllm_rollout import Engine, VllmEngine, end_tokens
+from tenfold.platform.models.generation import end_tokens, generate_tokens
+from tenfold.platform.models.vllm_rollout import Engine, VllmEngine
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
@@ -42,6 +45,8 @@ class Rollout:
         self._options, self._generation = config.on_policy, config.on_policy.generation()
         self._max_prompt_length = config.data.max_prompt_length
         self._tokenizer, self._collator, self._seed = tokenizer, collator, seed
+        if (self._options.temperature, self._options.top_p, self._options.top_k) != (1.0, 1.0, 0):
+            logger.info("responses are drawn with another temperature, top_p or top_k: not from the policy itself")
 
     def start_engine(self, model: Any, accelerator: Any) -> None:
         """Start what generates, where it is not transformers; once, on every rank, before training."""

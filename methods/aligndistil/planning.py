@@ -23,11 +23,13 @@ def describe_run(config: AlignDistilConfig, context: PlanContext) -> list[PlanSe
     """Return the plan's sections.
 
     Raises:
-        ConfigError: a batch is larger than the data; a package of the rollout engine is missing.
+        ConfigError: a batch is larger than the data; own responses may be longer than `max_length`; a package of the
+            rollout engine is missing.
         ModelError: a model is missing, damaged, of another vocabulary, or changes its logits after the head.
         DataError: preferences cannot be used.
     """
     from tenfold.methods.aligndistil.preferences import held_out_pairs
+    from tenfold.methods.aligndistil.stages import policy_is_dpo_model
     from tenfold.platform.evaluation.judge_client import check_judge
     from tenfold.platform.models.loading import describe, load_tokenizer
     from tenfold.platform.models.vllm_rollout import check_engine
@@ -40,6 +42,7 @@ def describe_run(config: AlignDistilConfig, context: PlanContext) -> list[PlanSe
     _check_models(config)
     tokenizer = load_tokenizer(config.model)
     rows, counts, found = training_rows(config, tokenizer)
+    _check_length(config, max(rows["length"]))
     evaluated = len(held_out_pairs(config.data))
     workers = context.compute.workers
     stages = _stages(config)
@@ -56,7 +59,13 @@ def describe_run(config: AlignDistilConfig, context: PlanContext) -> list[PlanSe
                 ("held-out pairs", f"{evaluated:,}"),
             ),
         ),
-        PlanSection("stages", tuple((name, _stage_text(options, len(rows), workers)) for name, options in stages)),
+        PlanSection(
+            "stages",
+            (
+                *((name, _stage_text(options, len(rows), workers)) for name, options in stages),
+                *([("policy", "the dpo model, which is not trained twice")] if policy_is_dpo_model(config) else []),
+            ),
+        ),
     ]
 
 
@@ -73,6 +82,19 @@ def training_rows(config: AlignDistilConfig, tokenizer: Any) -> tuple[Any, Token
     pairs = preferences.load_pairs(config.data)
     make = tokenising.pair_rows if config.objective in PREFERENCE else tokenising.chosen_rows
     return *make(pairs.train, tokenizer, config.data), pairs.found.rows()
+
+
+def _check_length(config: AlignDistilConfig, longest_prompt: int) -> None:
+    """Refuse own responses that `data.max_length` has no room for: nothing would cut them."""
+    if config.on_policy is None:
+        return
+    new, limit = config.on_policy.max_new_tokens, config.data.max_length
+    if longest_prompt + new > limit:
+        raise ConfigError(
+            f"config.on_policy.max_new_tokens = {new}: behind the longest prompt of {longest_prompt} tokens that is "
+            f"{longest_prompt + new} tokens, config.data.max_length is {limit}, and own responses are not cut to it. "
+            f"Lower max_new_tokens or config.data.max_prompt_length, or raise config.data.max_length"
+        )
 
 
 def _check_models(config: AlignDistilConfig) -> None:
@@ -103,10 +125,13 @@ def _check_batch(name: str, options: TrainingOptions, rows: int, workers: int) -
 
 
 def _stages(config: AlignDistilConfig) -> list[tuple[str, TrainingOptions]]:
+    from tenfold.methods.aligndistil.stages import policy_is_dpo_model
+
     given = {"dpo": config.dpo_model, "reverse": config.reverse_model}
     first = [name for name in config.evaluated_names if name in given and given[name] is None]
     options = config.preference_training or config.training
-    return [(name, options) for name in first] + [(config.objective, config.training)]
+    policy = [] if policy_is_dpo_model(config) else [(config.objective, config.training)]
+    return [(name, options) for name in first] + policy
 
 
 def _stage_text(options: TrainingOptions, rows: int, workers: int) -> str:

@@ -224,7 +224,7 @@ class PreferenceModule(AlignedModule):
             "reward_chosen": reward_chosen,
             "reward_rejected": reward_rejected,
             "reward_margin": reward_chosen - reward_rejected,
-            "reward_accuracy": reward_chosen > reward_rejected,
+            "reward_accuracy": 100 * (reward_chosen > reward_rejected),
             "logp_chosen": chosen.policy,
             "logp_rejected": rejected.policy,
         }

@@ -111,9 +111,9 @@ def pair_metrics(prediction: Any) -> Metrics:
     """Return the metrics of held-out pairs from the columns of `PreferenceTrainer.evaluated`.
 
     Returns:
-        `reward_accuracy`, the share of pairs whose chosen response has the higher reward (ties count as wrong),
-        `reward_tie_rate`, `reward_margin`, the mean difference, `preference_nll`, the objective's own mean loss, and
-        `nll`, nats per token of the chosen responses. NaN where there is nothing to average.
+        `reward_accuracy`, 0 to 100, of pairs whose chosen response has the higher reward (ties count as wrong),
+        `reward_tie_rate`, 0 to 100, `reward_margin`, the mean difference, `preference_nll`, the objective's own mean
+        loss, and `nll`, nats per token of the chosen responses. NaN where there is nothing to average.
     """
     chosen, rejected, losses, nll, lengths = numpy.asarray(prediction.predictions, dtype=numpy.float64).T
     return {
@@ -145,8 +145,8 @@ def single_metrics(prediction: Any, partners: Partners) -> Metrics:
 
 def _ranking(chosen: numpy.ndarray, rejected: numpy.ndarray) -> Metrics:
     return {
-        "reward_accuracy": _mean(chosen > rejected),
-        "reward_tie_rate": _mean(chosen == rejected),
+        "reward_accuracy": 100 * _mean(chosen > rejected),
+        "reward_tie_rate": 100 * _mean(chosen == rejected),
         "reward_margin": _mean(chosen - rejected),
     }
 

@@ -7,20 +7,13 @@ from typing import Any, ClassVar
 
 import numpy
 import torch
-from tenfold.methods.aligndistil.agreement import check_vocabularies
 from tenfold.methods.aligndistil.config import AlignDistilConfig
-from tenfold.methods.aligndistil.distillation_trainer import OnPolicyTrainer, compared_batches
-from tenfold.methods.aligndistil.loading import load_models
-from tenfold.methods.aligndistil.on_policy import Rollout
-from tenfold.methods.aligndistil.preferences import held_out_pairs, load_prompts
+from tenfold.methods.aligndistil.distillation_trainer import OnPolicyTrainer, prepare
 from tenfold.methods.aligndistil.rto_experience import Judged
 from tenfold.methods.aligndistil.rto_module import Critic, RTOModule
-from tenfold.methods.aligndistil.tokenising import chosen_rows, prompt_rows
-from tenfold.platform.data.collator import CausalCollator
 from tenfold.platform.errors import ModelError
 from tenfold.platform.models.adapters import add_adapter
 from tenfold.platform.models.loading import load_causal_lm, load_tokenizer, same_tokenizer
-from tenfold.platform.models.source import ModelSource
 from tenfold.platform.training.step_trainer import Batches
 from tenfold.platform.training.trainer import Trainer
 from tenfold.platform.training.worker import WorkerContext
@@ -53,29 +46,15 @@ class RTOTrainer(OnPolicyTrainer):
 
 
 def build_trainer(context: WorkerContext) -> Trainer:
-    """Load models and data on this worker and put them into a Trainer; for `context.config` see `load_models`.
-
-    Trained on prompts, evaluated on the chosen responses of held-out pairs.
-    """
-    sources = {name: ModelSource.model_validate(source) for name, source in context.config["frozen"].items()}
-    loaded = load_models(context)
+    """Load models and data on this worker and put them into a Trainer; see `distillation_trainer.prepare`."""
+    loaded, settings = prepare(context)
     config, tokenizer = loaded.config, loaded.tokenizer
-    check_vocabularies({"policy": config.model, **sources})
     critic = load_critic(config, tokenizer, seed=context.seed)
-    validation = held_out_pairs(config.data)
-    collator = CausalCollator(tokenizer.pad_token_id)
     return RTOTrainer(
         model=RTOModule(loaded.policy, config, loaded.frozen, num_columns=len(tokenizer), critic=critic),
-        args=context.arguments,
-        train_dataset=prompt_rows(load_prompts(config.data).train, tokenizer, config.data)[0],
-        eval_dataset=chosen_rows(validation, tokenizer, config.data)[0],
-        data_collator=collator,
         compute_metrics=rto_metrics,
-        processing_class=tokenizer,
-        cosine_floor=config.training.lr_scheduler_type == "cosine_to_floor",
         projector_learning_rate=config.rto.critic_learning_rate,
-        rollout=Rollout(config, tokenizer, collator, context.seed),
-        compared=compared_batches(validation, tokenizer, config),
+        **settings,
     )
 
 

@@ -1,22 +1,30 @@
 """The stages of an alignment run: a DPO and a reverse DPO model where they are not given, then the policy.
 
 Stage 1 trains both from the same model on the same rows in the same order; only chosen and rejected are exchanged
-(arXiv 2503.02832, Section 3). What it gives is shared by all runs and trials with the same data and options.
+(arXiv 2503.02832, Section 3). What it gives is shared by all runs and trials with the same data and options; where
+the objective is that very DPO, its model is also the policy.
 """
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.methods.aligndistil.config import PREFERENCE, AlignDistilConfig
 from tenfold.platform.method import Outcome
 from tenfold.platform.models.source import ModelSource
 from tenfold.platform.stages import Stage, StageResult
+from tenfold.platform.storage import Storage
 
 if TYPE_CHECKING:
     from tenfold.platform.context import RunContext
+
+logger = logging.getLogger(__name__)
 
 # Options that only evaluation or the place of work depend on.
 UNDECISIVE = {"evaluation", "side_by_side", "preference_training", "dpo_model", "reverse_model", "model"}
@@ -53,6 +61,19 @@ def preference_config(config: AlignDistilConfig, *, reverse: bool) -> AlignDisti
     )
 
 
+def policy_is_dpo_model(config: AlignDistilConfig) -> bool:
+    """Say whether the policy is the DPO model that the run trains first, for its evaluation.
+
+    Of what DPO reads, only the steps of the two stages can differ: the rest is the same configuration's.
+    """
+    return (
+        config.objective == "dpo"
+        and config.dpo_model is None
+        and "dpo" in config.evaluated_names
+        and config.preference_training in (None, config.training)
+    )
+
+
 def frozen_models(config: AlignDistilConfig, context: RunContext) -> dict[str, ModelSource]:
     """Return name -> the frozen models that training or evaluation reads; those that are missing are trained."""
     given = {"dpo": config.dpo_model, "reverse": config.reverse_model, "reference": config.model}
@@ -68,9 +89,36 @@ def frozen_models(config: AlignDistilConfig, context: RunContext) -> dict[str, M
 
 
 def train_policy(config: AlignDistilConfig, models: Mapping[str, ModelSource], context: RunContext) -> StageResult:
-    """Train what the objective names beside the frozen models that it reads, of those in `models`."""
+    """Train what the objective names beside the frozen models that it reads, of those in `models`.
+
+    A policy that is the DPO model among `models` is copied: the run's folder alone holds all that the run gives.
+    """
     frozen = {name: models[name] for name in config.frozen_names}
-    return context.stages([_stage(config.objective, config, context, frozen=frozen)])[0]
+    stage = _stage(config.objective, config, context, frozen=frozen)
+    if policy_is_dpo_model(config):
+        stage = replace(stage, work=partial(_copy, str(models["dpo"].model)))
+    return context.stages([stage])[0]
+
+
+def _copy(folder: str, context: RunContext) -> Outcome:
+    from tenfold.platform.models.manifest import MANIFEST_NAME, verify_manifest
+
+    target = "models/policy"
+    with tempfile.TemporaryDirectory(prefix="tenfold-model-") as scratch:
+        source = Storage(folder).download("", Path(scratch) / "model")
+        manifest = verify_manifest(source).model_copy(update={"name": context.run_id})
+        context.storage.delete(target)
+        context.storage.upload(source, target)
+    context.storage.write_text(f"{target}/{MANIFEST_NAME}", manifest.model_dump_json(indent=2) + "\n")
+    logger.info("dpo: the DPO model that evaluation reads is the policy; copied from %s", folder)
+    context.tracker.log_model_pointer(
+        context.storage.uri_of(target),
+        manifest.digest,
+        flavor=manifest.flavor,
+        metrics=manifest.metrics,
+        parents=[parent.reference for parent in manifest.parents],
+    )
+    return Outcome(metrics=manifest.metrics, model=target)
 
 
 def _stage(

@@ -136,7 +136,8 @@ def prompt_rows(
 ) -> tuple[Dataset, TokenCounts]:
     """Return `input_ids` (the prompt), `labels` (all -100), `length` and `index` for training on own responses.
 
-    Prompts above `max_prompt_length` are left out; `max_length` is not read, because responses are not there yet.
+    Prompts above `max_prompt_length` are left out; `max_length` is not read, because responses are not there yet: the
+    plan sees to it that they fit.
 
     Raises:
         DataError: as `pair_rows`.

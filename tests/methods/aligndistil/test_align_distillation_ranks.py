@@ -112,7 +112,7 @@ def trained(tmp_path_factory, pairs, frozen):
             Path(job["output"]).mkdir()
         listed = base / f"jobs-{world_size}.json"
         listed.write_text(json.dumps(jobs))
-        subprocess.run([sys.executable, str(SCRIPT), str(listed), str(world_size)], check=True, timeout=200)
+        subprocess.run([sys.executable, str(SCRIPT), str(listed), str(world_size)], check=True, timeout=900)
     return base
 
 

@@ -12,10 +12,7 @@ from tenfold.methods.aligndistil.config import AlignDistilConfig
 from tenfold.methods.aligndistil.distillation_module import SUMS
 from tenfold.methods.aligndistil.distillation_trainer import DistillationTrainer, build_trainer, distillation_metrics
 from tenfold.platform.models.loading import load_causal_lm, load_tokenizer
-from tenfold.platform.models.randomness import seeded
 from tenfold.platform.models.source import ModelSource
-from tenfold.platform.training.options import TrainingOptions
-from tenfold.platform.training.worker import WorkerContext
 from transformers import TrainerCallback
 
 START = {"model": "sample:models/stories260K"}
@@ -75,27 +72,13 @@ ON_POLICY = {"on_policy": {"max_new_tokens": 5}}
 
 
 @pytest.fixture
-def build(local_arguments, frozen):
-    def make(config):
-        given = {"reference": START, **frozen}
-        payload = {
-            "aligndistil": config.model_dump(mode="json"),
-            "frozen": {name: given[name] for name in config.frozen_names},
-        }
-        return build_trainer(WorkerContext(payload, TrainingOptions(), local_arguments(config.training), 1, 0, 1, {}))
-
-    return make
+def build(in_this_process, frozen):
+    return lambda config: in_this_process(build_trainer, config, {"reference": START, **frozen})
 
 
 @pytest.fixture
-def train(build):
-    def finished(config):
-        trainer = build(config)
-        with seeded(1):
-            trainer.train()
-        return trainer
-
-    return finished
+def train(build, to_the_end):
+    return lambda config: to_the_end(build(config))
 
 
 def logged(trainer, name="loss"):

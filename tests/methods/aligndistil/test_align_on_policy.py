@@ -1,5 +1,7 @@
 """Rollouts: what the policy writes becomes a batch; a stand-in takes the place of vLLM."""
 
+import logging
+
 import pytest
 import torch
 from tenfold.methods.aligndistil import on_policy
@@ -118,3 +120,20 @@ def test_the_engine_is_started_only_where_it_is_asked_for(rollout, tiny_tokenize
     assert rest == ["model", "accelerator", tiny_tokenizer]
     assert (generation.max_new_tokens, generation.min_new_tokens, generation.temperature) == (1024, 1, 0.7)
     assert place == {"memory": 0.3, "max_prompt_length": 5}
+
+
+@pytest.mark.parametrize(
+    ("how", "is_told"),
+    [({}, False), ({"temperature": 0.7}, True), ({"top_p": 0.9}, True), ({"top_k": 5}, True)],
+)
+def test_responses_that_are_not_the_policys_own_are_told(rollout, caplog, how, is_told):
+    with caplog.at_level(logging.INFO):
+        rollout(**how)
+    assert ("not from the policy itself" in caplog.text) == is_told
+
+
+def test_a_response_is_not_cut_to_max_length(rollout, batch):
+    writer = rollout(engine="vllm", max_new_tokens=20)
+    writer.engine = StandIn([list(range(20, 40)), [30]])
+    found = writer.generate(None, batch, seed=1)
+    assert found["attention_mask"].sum(1).tolist() == [22, 4]  # max_length is 16: the plan refuses such options

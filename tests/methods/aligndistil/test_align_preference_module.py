@@ -288,7 +288,7 @@ def test_statistics_are_sums_over_pairs(make, pairs, objective):
         "reward_chosen": reward[:3].sum(),
         "reward_rejected": reward[3:].sum(),
         "reward_margin": (reward[:3] - reward[3:]).sum(),
-        "reward_accuracy": (reward[:3] > reward[3:]).sum(),
+        "reward_accuracy": 100 * (reward[:3] > reward[3:]).sum(),
         "logp_chosen": policy[:3].sum(),
         "logp_rejected": policy[3:].sum(),
     }

@@ -103,7 +103,7 @@ def trained(tmp_path_factory, pairs, reference):
             train_alone(job_of(options(pairs, objective, 4, more), reference, {}, alone))
     listed = base / "jobs.json"
     listed.write_text(json.dumps(jobs))
-    subprocess.run([sys.executable, str(SCRIPT), str(listed), "2"], check=True, timeout=200)
+    subprocess.run([sys.executable, str(SCRIPT), str(listed), "2"], check=True, timeout=900)
     return base
 
 

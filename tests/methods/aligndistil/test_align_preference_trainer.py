@@ -9,9 +9,6 @@ import pytest
 import torch
 from tenfold.methods.aligndistil.config import AlignDistilConfig
 from tenfold.methods.aligndistil.preference_trainer import build_trainer, find_partners, pair_metrics, single_metrics
-from tenfold.platform.models.randomness import seeded
-from tenfold.platform.training.options import TrainingOptions
-from tenfold.platform.training.worker import WorkerContext
 
 MODEL = "sample:models/stories260K"
 ANSWERS = [
@@ -60,26 +57,13 @@ def options(pairs, objective, rows, passes, *, steps=2, data=None, **more):
 
 
 @pytest.fixture
-def made(local_arguments):
-    def make(config):
-        payload = {
-            "aligndistil": config.model_dump(mode="json"),
-            "frozen": {name: {"model": MODEL} for name in config.frozen_names},
-        }
-        return build_trainer(WorkerContext(payload, TrainingOptions(), local_arguments(config.training), 1, 0, 1, {}))
-
-    return make
+def made(in_this_process):
+    return lambda config: in_this_process(build_trainer, config, {"reference": {"model": MODEL}})
 
 
 @pytest.fixture
-def train(made):
-    def finished(config):
-        trainer = made(config)
-        with seeded(1):
-            trainer.train()
-        return trainer
-
-    return finished
+def train(made, to_the_end):
+    return lambda config: to_the_end(made(config))
 
 
 def logged(trainer, name="loss"):
@@ -122,7 +106,7 @@ def test_evaluation_of_an_untrained_policy_finds_only_ties_and_the_models_own_lo
     trainer = made(options(pairs, "dpo", 2, 1))
     found = trainer.evaluate()
     assert found["eval_reward_accuracy"] == 0
-    assert found["eval_reward_tie_rate"] == 1
+    assert found["eval_reward_tie_rate"] == 100
     assert found["eval_reward_margin"] == 0
     assert found["eval_preference_nll"] == pytest.approx(math.log(2))
     model, total, count = trainer.model.exported, 0.0, 0
@@ -144,7 +128,7 @@ def test_evaluation_does_not_depend_on_its_batches(pairs, train):
     for name in ("reward_accuracy", "reward_tie_rate", "reward_margin", "preference_nll", "nll"):
         values = [one[f"eval_{name}"] for one in found]
         assert values == pytest.approx([values[0]] * 3, rel=1e-4), name
-    assert found[0]["eval_reward_accuracy"] > 0.5
+    assert found[0]["eval_reward_accuracy"] > 50
     assert found[0]["eval_preference_nll"] < math.log(2)
 
 
@@ -158,7 +142,7 @@ def test_kto_learns_from_pairs_taken_apart_and_is_measured_on_pairs(pairs, train
     assert all(value >= 0 for value in logged(trainer, "reference_point"))
     assert len(trainer.eval_dataset) == 16
     measured = trainer.evaluate()
-    assert measured["eval_reward_accuracy"] > 0.5
+    assert measured["eval_reward_accuracy"] > 50
     assert measured["eval_reward_margin"] > 0
     assert measured["eval_preference_nll"] < 0.5
 
@@ -199,7 +183,7 @@ def prediction(*columns):
 def test_metrics_of_pairs_count_ties_as_wrong():
     found = pair_metrics(prediction([1, 2, 3, 0], [0, 2, 5, -4], [0.1, 0.2, 0.3, 0.6], [2, 4, 6, 8], [1, 2, 3, 4]))
     assert found == pytest.approx(
-        {"reward_accuracy": 0.5, "reward_tie_rate": 0.25, "reward_margin": 0.75, "preference_nll": 0.3, "nll": 2.0}
+        {"reward_accuracy": 50, "reward_tie_rate": 25, "reward_margin": 0.75, "preference_nll": 0.3, "nll": 2.0}
     )
 
 
@@ -207,7 +191,7 @@ def test_metrics_of_singles_compare_partners_and_read_good_answers_alone():
     given = prediction([3, 1, 5, 5, 9], [1, 0, 1, 0, 1], [0.1] * 5, [2, 100, 4, 100, 6], [1, 1, 1, 1, 1])
     found = single_metrics(given, [(0, 1), (2, 3)])
     assert found == pytest.approx(
-        {"reward_accuracy": 0.5, "reward_tie_rate": 0.5, "reward_margin": 1.0, "preference_nll": 0.1, "nll": 4.0}
+        {"reward_accuracy": 50, "reward_tie_rate": 50, "reward_margin": 1.0, "preference_nll": 0.1, "nll": 4.0}
     )
     assert set(single_metrics(given, [])) == {"preference_nll", "nll"}
 

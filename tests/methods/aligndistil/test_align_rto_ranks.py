@@ -10,12 +10,8 @@ import torch
 from tenfold.methods.aligndistil.config import AlignDistilConfig
 from tenfold.methods.aligndistil.rto_trainer import build_trainer
 from tenfold.platform.models.loading import load_causal_lm, load_tokenizer
-from tenfold.platform.models.randomness import seeded
 from tenfold.platform.models.source import ModelSource
 from tenfold.platform.training.deepspeed_config import deepspeed_config
-from tenfold.platform.training.options import TrainingOptions
-from tenfold.platform.training.worker import WorkerContext
-from transformers import TrainingArguments
 
 pytestmark = [pytest.mark.slow]
 
@@ -114,7 +110,7 @@ def ranks(tmp_path_factory, setting):
     for folder in folders.values():
         folder.mkdir()
     (base / "jobs.json").write_text(json.dumps(jobs))
-    subprocess.run([sys.executable, str(SCRIPT), str(base / "jobs.json"), "2"], check=True, timeout=200)
+    subprocess.run([sys.executable, str(SCRIPT), str(base / "jobs.json"), "2"], check=True, timeout=900)
     return folders
 
 
@@ -127,28 +123,13 @@ def weights(folder):
 
 
 @pytest.fixture
-def alone(setting, tmp_path):
+def alone(setting, tmp_path, in_this_process, to_the_end):
     """Train in this process, without DeepSpeed, with the whole global batch in one forward pass."""
 
     def train(**more):
         payload = payload_of(setting, 4, GREEDY, **more)
-        options = TrainingOptions.model_validate(payload["aligndistil"]["training"])
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            seed=1,
-            data_seed=1,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            average_tokens_across_devices=True,
-            lr_scheduler_type="constant",
-            **options.arguments(),
-        )
-        trainer = build_trainer(WorkerContext(payload, options, arguments, 1, 0, 1, {}))
-        with seeded(1):
-            trainer.train()
+        config = AlignDistilConfig.model_validate(payload["aligndistil"])
+        trainer = to_the_end(in_this_process(build_trainer, config, payload["frozen"]))
         trainer.save_model(str(tmp_path / "saved"))
         return trainer, tmp_path / "saved"
 
