@@ -148,16 +148,16 @@ def _with_fixed_places(config: ServeConfig) -> ServeConfig:
         ModelError: a model is missing or damaged.
         ConfigError: a context is longer than its model's.
     """
+    from tenfold.platform.models.configuration import read_config
     from tenfold.platform.models.loading import resolve
     from tenfold.serve.generation import max_context
-    from transformers import AutoConfig
 
     models = []
     for model in config.models:
         logger.info("checking %s: %s", model.name, model.model)
         folder = resolve(model.source)
         if config.engine == "transformers":
-            max_context(model, AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code))
+            max_context(model, read_config(folder, trust_remote_code=model.trust_remote_code))
         changes: dict[str, Any] = {"model": str(folder.absolute())}
         if model.tokenizer is not None and expanded(model.tokenizer).exists():
             changes["tokenizer"] = str(expanded(model.tokenizer).absolute())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import ModelError
+from tenfold.platform.models.architectures import known, known_in
 from tenfold.platform.models.folder import check_config
 from tenfold.platform.validation import nearest
 
@@ -28,6 +29,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False, gguf_file: str
 
     if gguf_file is None:
         check_config(folder)
+        known_in(folder)
         gguf = {}
     else:
         gguf = {"gguf_file": gguf_file}
@@ -56,10 +58,11 @@ def fresh_config(options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
     values = dict(options)
     model_type = values.pop("model_type")
+    known(model_type)
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        known = [name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING]
+        usable = [name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING]
         raise ModelError(
-            f"config.model_type = {model_type!r}: no causal language model of this type{_hint(model_type, known)}. "
+            f"config.model_type = {model_type!r}: no causal language model of this type{_hint(model_type, usable)}. "
             f"Give one that transformers has, such as llama, qwen2, gpt2"
         )
     config_class = CONFIG_MAPPING[model_type]

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from tenfold.platform.errors import ConfigError, ModelError
+from tenfold.platform.models.architectures import architecture_module, stored_type
 from tenfold.platform.models.configuration import read_config
 from tenfold.platform.models.folder import check_new, fetch_folder, model_files, new_folder
 from tenfold.platform.models.manifest import Manifest, verify_manifest, write_manifest
@@ -51,7 +52,7 @@ def export_model(source: str | Path, target: Path) -> Path:
         with new_folder(target) as copy:
             for path in files:
                 shutil.copyfile(path, copy / path.name)
-            (copy / CARD).write_text(model_card(manifest), encoding="utf-8")
+            (copy / CARD).write_text(model_card(manifest, architecture_module(stored_type(copy))), encoding="utf-8")
             write_manifest(
                 copy,
                 flavor=manifest.flavor,
@@ -98,8 +99,13 @@ def _check_copy(copy: Path, original: Manifest) -> None:
         raise ModelError(f"the model's tokenizer cannot be loaded: {error}. Save the model again with one") from error
 
 
-def model_card(manifest: Manifest) -> str:
-    """Return the text of a model's README.md: what it is, what it was made from, its metrics, how to load it."""
+def model_card(manifest: Manifest, module: str | None = None) -> str:
+    """Return the text of a model's README.md: what it is, what it was made from, its metrics, how to load it.
+
+    Args:
+        manifest: of the model.
+        module: what must be imported before transformers knows the model's type; None for types of its own.
+    """
     parents = [
         f"- {parent.kind}: `{parent.reference}`" + (f" (sha256 {parent.digest})" if parent.digest else "")
         for parent in manifest.parents
@@ -126,7 +132,7 @@ def model_card(manifest: Manifest) -> str:
         "",
         "## Use",
         "",
-        *_use(manifest),
+        *_use(manifest, module),
         "",
         f"`tenfold.json` has the sha256 of every file. Digest of the model: `{manifest.digest}`.",
         "",
@@ -134,13 +140,15 @@ def model_card(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _use(manifest: Manifest) -> list[str]:
+def _use(manifest: Manifest, module: str | None) -> list[str]:
     if manifest.flavor not in HUGGING_FACE_FLAVORS:
         how = f"`tenfold methods {manifest.method}` says how."
         return [f"The method `{manifest.method}` of tenfold loads this folder; {how}"]
     loader = "AutoModelForSeq2SeqLM" if manifest.flavor == "seq2seq" else "AutoModelForCausalLM"
     return [
+        *(["transformers knows this architecture when tenfold's module was imported.", ""] if module else []),
         "```python",
+        *([f"import {module}"] if module else []),
         f"from transformers import {loader}, AutoTokenizer",
         "",
         f'model = {loader}.from_pretrained("FOLDER")',

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.errors import ModelError
 from tenfold.platform.models.adapters import base_model, is_adapter, merge_adapter, tokenizer_place
+from tenfold.platform.models.architectures import known_in
 from tenfold.platform.models.configuration import fresh_config, read_config, skeleton
 from tenfold.platform.models.conversion import check_gguf, convert_gguf, converted_folder, damage
 from tenfold.platform.models.folder import VOCABULARIES, weight_files
@@ -115,6 +116,8 @@ def _read_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> 
         raise ModelError(
             f"{folder}: no tokenizer (none of {', '.join(VOCABULARIES)}). Name a place that has one as tokenizer"
         )
+    if gguf is None:
+        known_in(folder)  # a tokenizer may be chosen by the model's type
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
