@@ -84,6 +84,9 @@ class Method(Protocol):
         """Compute the paper's metrics for a model, given by its address in run storage: any node can read it."""
         ...
 
+    # A method may have `sweep_figures(trials) -> {name: figure}` as well: pictures of a finished sweep
+    # (`tenfold.platform.tuning.results.Trial`) beside the platform's own.
+
 
 def method_table() -> dict[str, str]:
     """Return name -> "module:Class" as written in the method table."""

@@ -224,6 +224,9 @@ class _Study:
         by_grid = heat_map(result)
         if by_grid is not None:
             tracker.log_figure("heat_map.png", by_grid)
+        draw = getattr(self.loaded.method, "sweep_figures", None)
+        for name, drawn in (draw(result.trials) if draw is not None else {}).items():
+            tracker.log_figure(f"{name}.png", drawn)
         best = result.best
         if best is not None:
             tracker.log_metrics({f"best/{result.sweep.metric}": best.value})
