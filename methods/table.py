@@ -4,4 +4,5 @@ METHODS = {
     "aligndistil": "tenfold.methods.aligndistil.method:AlignDistil",
     "dskd": "tenfold.methods.dskd.method:DSKD",
     "gates": "tenfold.methods.gates.method:GATES",
+    "layermoe": "tenfold.methods.layermoe.method:LayerMoE",
 }
