@@ -7,7 +7,7 @@ import socket
 import time
 from typing import Any
 
-from tenfold.platform.errors import ClusterError, TenfoldError
+from tenfold.platform.errors import ClusterError, ConfigError, TenfoldError
 from tenfold.platform.paths import expanded
 from tenfold.serve.config import Replicas, ServeConfig
 
@@ -146,8 +146,9 @@ def _with_fixed_places(config: ServeConfig) -> ServeConfig:
 
     Raises:
         ModelError: a model is missing or damaged.
-        ConfigError: a context is longer than its model's.
+        ConfigError: a context is longer than its model's; vllm has no such architecture.
     """
+    from tenfold.platform.models.architectures import architecture_module, stored_type
     from tenfold.platform.models.configuration import read_config
     from tenfold.platform.models.loading import resolve
     from tenfold.serve.generation import max_context
@@ -158,6 +159,10 @@ def _with_fixed_places(config: ServeConfig) -> ServeConfig:
         folder = resolve(model.source)
         if config.engine == "transformers":
             max_context(model, read_config(folder, trust_remote_code=model.trust_remote_code))
+        elif architecture_module(stored_type(folder)) is not None:
+            raise ConfigError(
+                f"{model.name}: engine vllm has no {stored_type(folder)} model; use engine: transformers"
+            )
         changes: dict[str, Any] = {"model": str(folder.absolute())}
         if model.tokenizer is not None and expanded(model.tokenizer).exists():
             changes["tokenizer"] = str(expanded(model.tokenizer).absolute())

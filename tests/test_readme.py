@@ -38,6 +38,8 @@ EXECUTED = {
     "tenfold sweep dskd/cross_vocabulary": HERE + "test_a_plan_starts_nothing",
     "tenfold run aligndistil/demo": "tests/methods/test_contract.py::test_method_runs_saves_resumes_and_evaluates",
     "tenfold sweep aligndistil/compare": HERE + "test_a_plan_starts_nothing",
+    "tenfold run layermoe/demo": "tests/methods/test_contract.py::test_method_runs_saves_resumes_and_evaluates",
+    "tenfold sweep layermoe/expert_budget": HERE + "test_a_plan_starts_nothing",
     "tenfold run gates/demo": HERE + "test_a_section_is_analysed_and_exported",
     "tenfold sweep gates/compare": HERE + "test_a_plan_starts_nothing",
     "tenfold sweep gates/fusion": HERE + "test_a_plan_starts_nothing",

@@ -166,3 +166,12 @@ def test_the_configuration_is_checked_without_heavy_imports():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_vllm_is_not_asked_for_an_architecture_of_a_method(tmp_path):
+    from tenfold.serve.launch import _with_fixed_places
+
+    (tmp_path / "config.json").write_text('{"model_type": "layermoe-llama"}')
+    config = parse_config({"engine": "vllm", "models": [{"name": "grown", "model": str(tmp_path)}]})
+    with pytest.raises(ConfigError, match="grown: engine vllm has no layermoe-llama model; use engine: transformers"):
+        _with_fixed_places(config)
