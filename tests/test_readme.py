@@ -159,13 +159,13 @@ def test_links_of_the_readme_lead_to_files():
     assert [link for link in links if not (REPOSITORY / link).exists()] == []
 
 
-def test_help_takes_less_than_a_second_of_the_processor(folder, env):
+def test_help_takes_less_than_two_seconds_of_the_processor(folder, env):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(["tenfold", "--help"], cwd=folder, env=env, capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "--help" in done.stdout
     # Not the clock: other work on this machine must not fail the test.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
 
 
 def test_help_and_methods_import_nothing_heavy(shell):

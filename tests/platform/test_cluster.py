@@ -114,11 +114,12 @@ def test_asking_for_capacity_without_a_connection_is_an_error():
 
 
 def test_an_address_where_nothing_listens_is_an_error_that_names_it(free_port):
+    assert cluster.CONNECT_SECONDS < 10
     address = f"127.0.0.1:{free_port()}"
     begin = time.monotonic()
     with pytest.raises(ClusterError, match=rf"'{address}': nothing listens there.*ray start --head"):
         connect(address=address)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
 
 
 def test_an_address_that_is_no_ray_cluster_is_an_error(monkeypatch):

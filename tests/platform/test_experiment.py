@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -104,10 +103,8 @@ def test_help_is_quick_and_imports_neither_torch_nor_ray():
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip().endswith("[]")
-    assert time.monotonic() - started < 20  # hung imports; the second itself is measured by hand
 
 
 def test_platform_folder_never_hides_the_standard_module():

@@ -1,13 +1,14 @@
 """Stages: an MLflow run each below the run's own, done once, taken from the cache, gone on with, side by side."""
 
 import threading
-import time
 
 import pytest
 from mlflow import MlflowClient
+from tenfold.platform import stages
 from tenfold.platform.context import RunContext
 from tenfold.platform.experiment import Compute
 from tenfold.platform.method import Outcome
+from tenfold.platform.run import only_one
 from tenfold.platform.stages import STATE, Stage, run_stage, run_stages
 from tenfold.platform.storage import Storage
 from tenfold.platform.tracking import Tracker
@@ -113,13 +114,20 @@ def test_an_unfinished_stage_of_another_mlflow_store_gets_a_new_run(make_context
     assert run_stage(context, stage).mlflow_run_id != work.contexts[0].tracker.run_id
 
 
-def test_two_runs_that_need_one_stage_at_once_do_it_once(make_context):
-    calls = []
+def test_two_runs_that_need_one_stage_at_once_do_it_once(make_context, monkeypatch):
+    calls, arrived = [], threading.Semaphore(0)
+
+    def note_arrival(*arguments, **options):
+        arrived.release()
+        return only_one(*arguments, **options)
 
     def work(context):
         calls.append(context.run_id)
-        time.sleep(0.3)
+        for _ in range(2):
+            assert arrived.acquire(timeout=60)
         return Outcome({})
+
+    monkeypatch.setattr(stages, "only_one", note_arrival)
 
     stage = Stage("dpo", {}, work, shared=True)
     contexts = [make_context("one"), make_context("two")]
@@ -140,20 +148,22 @@ def resources(monkeypatch, cpus):
 )
 def test_stages_go_side_by_side_only_where_there_is_room(make_context, monkeypatch, cpus, workers, together):
     resources(monkeypatch, cpus)
-    meeting = threading.Barrier(2, timeout=20 if together else 0.2)
-    met = []
+    meeting = threading.Barrier(2, timeout=60)
+    events, threads = [], set()
 
     def work(context):
-        try:
+        threads.add(threading.get_ident())
+        events.append("begin")
+        if together:
             meeting.wait()
-            met.append(True)
-        except threading.BrokenBarrierError:
-            met.append(False)
+        events.append("end")
         return Outcome({})
 
-    stages = [Stage(name, {}, work) for name in ("dpo", "reverse")]
-    run_stages(make_context(workers=workers), stages, at_once=True)
-    assert met == [together, together]
+    both = [Stage(name, {}, work) for name in ("dpo", "reverse")]
+    run_stages(make_context(workers=workers), both, at_once=True)
+    assert events == (["begin", "begin", "end", "end"] if together else ["begin", "end", "begin", "end"])
+    # Also where two threads by chance did not meet.
+    assert len(threads) == (2 if together else 1)
 
 
 def test_results_come_in_the_order_of_the_stages_and_a_failure_lets_the_others_end(make_context, monkeypatch):

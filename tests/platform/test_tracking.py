@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tenfold.platform import tracking
+from tenfold.platform.deadline import run_with_deadline
 from tenfold.platform.errors import TrackingError
 from tenfold.platform.tracking import Tracker, check_tracking
 from tenfold.platform.tracking_delivery import batches
@@ -170,21 +171,22 @@ def test_a_deleted_run_costs_metrics_but_never_raises(tracker, client, caplog):
 def test_a_locked_database_delays_a_step_once_and_loses_nothing(tracker, client, store, caplog, tmp_path, monkeypatch):
     assert tracking.CALL_SECONDS < 5
     tracker.log_metrics({"loss": 0.0}, 0)
+    waits = []
+
+    def noting(function, seconds, what):
+        waits.append(seconds)
+        return run_with_deadline(function, seconds, what)
+
+    monkeypatch.setattr(tracking, "run_with_deadline", noting)
     monkeypatch.setattr(tracking, "CALL_SECONDS", 1.0)
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 600.0)
     connection = lock(store)
-    begin = time.monotonic()
-    tracker.log_metrics({"loss": 1.0}, 1)
-    first_wait = time.monotonic() - begin
-    begin = time.monotonic()
-    for step in range(2, 50):
+    for step in range(1, 50):
         tracker.log_metrics({"loss": float(step), "nan": math.nan}, step)
     tracker.set_tags({"stage": "late"})
     tracker.log_text("kept", "note.txt")
-    later_wait = time.monotonic() - begin
     connection.close()
-    # SQLite alone waits 20 s, and 50 calls of one second would take 50
-    assert first_wait < 10
-    assert later_wait < 10
+    assert waits == [1.0]
     assert sum("is away" in record.message for record in caplog.records) == 1
     assert str(tmp_path / "spool.jsonl") in caplog.text
     assert tracker.flush() == 0
@@ -337,7 +339,7 @@ def test_a_server_that_is_killed_and_comes_back_has_everything_in_order(tmp_path
         for step in range(1, 30):
             tracker.log_metrics({"loss": float(step)}, step)
         tracker.log_figure("loss.png", Figure())
-        assert time.monotonic() - begin < 30  # 4.5 s for each of the calls would be more than two minutes
+        assert time.monotonic() - begin < 90  # 4.5 s for each of the calls would be more than two minutes
         assert "is away" in caplog.text
 
         server = serve(tmp_path, port, own_store)

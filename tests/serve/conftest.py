@@ -39,9 +39,10 @@ def http_server(data):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        deadline = time.monotonic() + 30
-        while not server.started and time.monotonic() < deadline:
+        deadline = time.monotonic() + 120
+        while not server.started and thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
+        assert server.started
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
     finally:
         server.should_exit = True
@@ -100,9 +101,9 @@ def limits():
 
 @pytest.fixture(scope="session")
 def wait_until():
-    """Return wait_until(condition, seconds=60), which fails when the condition does not come true in that time."""
+    """Return wait_until(condition, seconds=120), which fails when the condition does not come true in that time."""
 
-    def wait(condition, seconds=60):
+    def wait(condition, seconds=120):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "waited in vain"
@@ -119,7 +120,7 @@ def hang_up():
     """
 
     async def ask_and_leave(url, body, is_running, headers):
-        async with httpx.AsyncClient(headers=headers, timeout=60) as client:
+        async with httpx.AsyncClient(headers=headers, timeout=120) as client:
             request = asyncio.create_task(client.post(f"{url}/v1/completions", json=body))
             while not await asyncio.to_thread(is_running):
                 assert not request.done()
@@ -134,5 +135,5 @@ def hang_up():
 def post():
     """Return post(url, body, path="completions") -> response, for what the client would not send."""
 
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=120) as client:
         yield lambda url, body, path="completions": client.post(f"{url}/v1/{path}", json=body)

@@ -53,7 +53,7 @@ def statistics(name):
     from ray import serve
     from tenfold.serve.launch import APPLICATION
 
-    return serve.get_app_handle(APPLICATION).statistics.remote().result(timeout_s=30)[name]
+    return serve.get_app_handle(APPLICATION).statistics.remote().result(timeout_s=120)[name]
 
 
 def test_the_client_lists_the_models(client):
@@ -76,30 +76,38 @@ def test_chat_and_completion_are_what_generate_gives(client, tiny_model_folder, 
 
 def test_a_stream_arrives_in_pieces_while_it_is_generated(client):
     options = {"model": "stories", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 300}
-    start = time.perf_counter()
-    stream = client.completions.create(**options, stream=True, stream_options={"include_usage": True})
-    arrivals, text, usage = [], "", None
-    for chunk in stream:
-        arrivals.append(time.perf_counter() - start)
-        text += chunk.choices[0].text if chunk.choices else ""
-        usage = chunk.usage or usage
-    assert text.startswith(", there was a little girl named Lily.")
-    assert usage.completion_tokens == 300
-    assert arrivals[0] < arrivals[-1] / 2
+    shares = []
+    for _ in range(5):  # a busy machine may hold a first piece back, but not all of them
+        start = time.perf_counter()
+        stream = client.completions.create(**options, stream=True, stream_options={"include_usage": True})
+        arrivals, text, usage = [], "", None
+        for chunk in stream:
+            arrivals.append(time.perf_counter() - start)
+            text += chunk.choices[0].text if chunk.choices else ""
+            usage = chunk.usage or usage
+        assert text.startswith(", there was a little girl named Lily.")
+        assert usage.completion_tokens == 300
+        shares.append(arrivals[0] / arrivals[-1])
+        if shares[-1] < 0.5:
+            break
+    assert min(shares) < 0.5
 
 
 def test_concurrent_requests_share_forward_passes_and_are_right(client):
     options = {"model": "stories", "temperature": 0, "max_tokens": 150}
     openings = ["Once upon a time", "One day", "The cat", "Lily", "Tim had a ball", "A big dog", "The sun", "Mom said"]
     alone = [client.completions.create(prompt=opening, **options).choices[0].text for opening in openings[:2]]
-    before = statistics("stories")
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda opening: client.completions.create(prompt=opening, **options), openings))
-    after = statistics("stories")
-    assert [answer.choices[0].text for answer in answers[:2]] == alone
+    for _ in range(5):  # a busy machine may let the requests come one by one, but not always
+        before = statistics("stories")
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda opening: client.completions.create(prompt=opening, **options), openings))
+        after = statistics("stories")
+        assert [answer.choices[0].text for answer in answers[:2]] == alone
+        tokens, steps = after["tokens"] - before["tokens"], after["steps"] - before["steps"]
+        assert tokens == sum(answer.usage.completion_tokens for answer in answers)
+        if after["largest_batch"] >= 4 and tokens > 2 * steps:
+            break
     assert after["largest_batch"] >= 4
-    tokens, steps = after["tokens"] - before["tokens"], after["steps"] - before["steps"]
-    assert tokens == sum(answer.usage.completion_tokens for answer in answers)
     assert tokens > 2 * steps
 
 

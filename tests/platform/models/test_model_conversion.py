@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from tenfold.platform.errors import ModelError
@@ -238,13 +239,22 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, tiny_ggu
         convert_gguf(tiny_gguf)
 
 
-def test_workers_that_want_the_same_folder_build_it_once(tmp_path):
-    built = []
+def test_workers_that_want_the_same_folder_build_it_once(tmp_path, monkeypatch):
+    built, arrived, acquire = [], set(), filelock.FileLock.acquire
+
+    def note_arrival(lock, *arguments, **options):
+        arrived.add(threading.get_ident())
+        return acquire(lock, *arguments, **options)
 
     def build(folder):
         built.append(folder)
-        time.sleep(0.3)
+        deadline = time.monotonic() + 60
+        while len(arrived) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
         (folder / "done").write_text("x")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", note_arrival)
 
     found = []
     work = lambda: found.append(build_once(tmp_path / "target", build, lambda folder: None))  # noqa: E731

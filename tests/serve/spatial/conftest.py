@@ -80,12 +80,12 @@ def spatial_server(data):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not server.started and thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.started
         base = f"http://127.0.0.1:{listener.getsockname()[1]}/spatial"
-        with httpx.Client(base_url=base, timeout=60) as client:
+        with httpx.Client(base_url=base, timeout=120) as client:
             yield client, service, jobs
     finally:
         jobs.stop()
@@ -114,7 +114,6 @@ def server(tmp_path_factory):
             "max_values": 2_000_000,
             "predict_cells": 200,
             "max_jobs_per_client": 2,
-            "check_s": 5,
             "retry_after_s": 3,
         },
         "replicas": {"processes": 2, "memory_gb": 4},
@@ -164,9 +163,9 @@ def submit():
 
 @pytest.fixture(scope="session")
 def wait_for():
-    """Return wait_for(client, job_id, *statuses, seconds=20) -> status answer."""
+    """Return wait_for(client, job_id, *statuses, seconds=120) -> status answer."""
 
-    def wait(client, job_id, *statuses, seconds=20, headers=None):
+    def wait(client, job_id, *statuses, seconds=120, headers=None):
         statuses = statuses or ("done", "failed", "cancelled")
         deadline = time.monotonic() + seconds
         while True:

@@ -1,6 +1,7 @@
 """What clients send that cannot be used: each gets a status and a sentence that says what to change."""
 
 import json
+import re
 import socket
 import time
 import zlib
@@ -10,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from tenfold.serve.spatial import upload
 
 
 def errors_of(answer, status=422):
@@ -130,13 +132,13 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(client, make_sect
     path = make_section()
     with h5py.File(path, "r+") as file:
         file.create_dataset(
-            "obsm/bomb", shape=(150, 2_000_000), dtype="f4", chunks=(150, 100_000), compression="gzip", fillvalue=0
+            "obsm/bomb", shape=(150, 2 * 10**9), dtype="f4", chunks=(150, 10**6), compression="gzip", fillvalue=0
         )
     assert path.stat().st_size < 2_000_000
     start = time.perf_counter()
     problems = errors_of(submit(client, path))
-    assert "decompressed" in problems[0]["message"]
-    assert time.perf_counter() - start < 3
+    assert re.match(r"obsm/bomb: needs 12\d{11} bytes or more when decompressed", problems[0]["message"])
+    assert time.perf_counter() - start < 60  # 1.2 TB would take many minutes
 
 
 def test_an_npz_bomb_is_refused_before_it_is_unpacked(client, tmp_path):
@@ -259,12 +261,14 @@ def test_a_form_that_ends_in_the_middle_is_400(client):
     errors_of(answer, 400)
 
 
-def test_an_announced_length_beyond_the_limit_is_413_at_once(client):
-    start = time.perf_counter()
-    answer = client.post("/v1/jobs", files={"file": ("big.h5ad", bytes(3_000_000))})
+def test_an_announced_length_beyond_the_limit_is_413_at_once(client, monkeypatch):
+    monkeypatch.setattr(upload, "DRAIN_SECONDS", 600.0)  # the answer must not wait for that
+    request = client.build_request("POST", "/v1/jobs", files={"file": ("big.h5ad", bytes(3_000_000))})
+    answer = client.send(request)
     errors_of(answer, 413)
-    assert "this server takes 2000000" in answer.json()["error"]["message"]
-    assert time.perf_counter() - start < 3
+    # The announced number: had the server counted what came, it would have said another one.
+    expected = f"the body has {request.headers['content-length']} bytes or more, this server takes 2000000"
+    assert expected in answer.json()["error"]["message"]
 
 
 def test_an_upload_of_unknown_length_is_cut_off_at_the_limit_and_leaves_nothing(client, server):
@@ -296,7 +300,7 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing(client, server):
             b'--x\r\nContent-Disposition: form-data; name="file"; filename="s.h5ad"\r\n\r\nhalf'
         )
         time.sleep(0.2)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while list((server[1].store.root / "incoming").iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -316,20 +320,30 @@ def test_a_slow_upload_is_408(start_spatial_server, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "words"), [("crash", "crashed"), ("eat", "memory"), ("hang", "longer than 5 s")])
-def test_a_file_that_kills_its_reader_is_422_and_others_go_on(client, make_section, submit, method, words):
+def test_a_file_that_kills_its_reader_is_422_and_others_go_on(
+    client, server, make_section, submit, monkeypatch, method, words
+):
     section = make_section()
-    (problem,) = errors_of(submit(client, section, {"method": method}))
+    with monkeypatch.context() as patch:
+        if method == "hang":  # only this one: a new reader first imports for seconds
+            patch.setattr(server[1], "limits", server[1].limits.model_copy(update={"check_s": 5.0}))
+        (problem,) = errors_of(submit(client, section, {"method": method}))
     assert words in problem["message"]
     assert client.get("/healthz").status_code == 200
     assert submit(client, section, {"n_domains": 2, "epochs": 1}).status_code in (202, 429)
 
 
 def test_a_reader_that_died_while_idle_is_replaced_without_anyone_noticing(client, server, make_section, submit):
-    for pool in server[1]._isolation._pools:
+    pools = [pool for pool in server[1]._isolation._pools if pool._processes]
+    assert pools
+    for pool in pools:
         for process in list(pool._processes.values()):
             process.kill()
             process.join()
-    time.sleep(0.2)
+    deadline = time.monotonic() + 60
+    while not all(pool._broken for pool in pools):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert submit(client, make_section(), {"n_domains": 0}).status_code == 422
     answer = submit(client, make_section(), {"n_domains": 10_000})
     assert errors_of(answer)[0]["field"] == "n_domains"

@@ -31,8 +31,8 @@ def with_one_process(work):
 
 def test_calls_that_wait_behind_a_crash_are_answered_by_the_next_process(model):
     async def work(isolation):
-        crash = isolation.call("check", {}, {"method": "crash"}, None, timeout_s=20)
-        others = [isolation.call("describe_model", model, timeout_s=20) for _ in range(3)]
+        crash = isolation.call("check", {}, {"method": "crash"}, None, timeout_s=120)
+        others = [isolation.call("describe_model", model, timeout_s=120) for _ in range(3)]
         return await asyncio.gather(crash, *others, return_exceptions=True)
 
     crashed, *answers = with_one_process(work)
@@ -43,22 +43,26 @@ def test_calls_that_wait_behind_a_crash_are_answered_by_the_next_process(model):
 def test_a_caller_that_gives_up_does_not_give_its_process_away_too_early(model):
     async def work(isolation):
         await isolation.load()
-        hanging = asyncio.create_task(isolation.call("check", {}, {"method": "hang"}, None, timeout_s=1.5))
-        await asyncio.sleep(0.2)
-        hanging.cancel()
         start = time.monotonic()
+        hanging = asyncio.create_task(isolation.call("check", {}, {"method": "hang"}, None, timeout_s=1.5))
+        while not isolation._free.empty():
+            await asyncio.sleep(0)
+        hanging.cancel()
         # Behind the call that hangs until its time is over; its own time begins afterwards.
-        answer = await isolation.call("describe_model", model, timeout_s=20)
+        answer = await isolation.call("describe_model", model, timeout_s=120)
         return answer, time.monotonic() - start
 
     answer, seconds = with_one_process(work)
     assert answer == {"n_domains": 2}
-    assert seconds > 1
+    assert seconds >= 1.5
 
 
 def test_errors_of_ours_come_through_and_others_become_words(model, tmp_path):
     async def work(isolation):
-        calls = [isolation.call("describe_model", tmp_path, timeout_s=20), isolation.call("gene", 1, 2, timeout_s=20)]
+        calls = [
+            isolation.call("describe_model", tmp_path, timeout_s=120),
+            isolation.call("gene", 1, 2, timeout_s=120),
+        ]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     ours, other = with_one_process(work)

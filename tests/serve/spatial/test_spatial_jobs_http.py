@@ -130,20 +130,26 @@ def test_tables_are_a_section_too(client, wait_for):
 
 
 def test_a_cancelled_job_stops_and_another_upload_begins_it_again(client, section, submit, wait_for, server):
+    from kmeans_analyser import HOLD
+
     params = {"epochs": 500, "seed": 77}
-    job_id = submit(client, section, params).json()["job_id"]
-    wait_for(client, job_id, "running")
-    assert client.delete(f"/v1/jobs/{job_id}").status_code == 204
-    status = client.get(f"/v1/jobs/{job_id}").json()
-    assert status["status"] == "cancelled"
-    refused = client.get(f"/v1/jobs/{job_id}/result")
-    assert refused.status_code == 409
-    assert "was cancelled" in refused.json()["error"]["message"]
-    # The thread is free for another job long before 500 epochs would be over.
-    start = time.monotonic()
-    other = submit(client, section, {"epochs": 1, "seed": 78}).json()["job_id"]
+    hold = server[1].store.root / HOLD
+    hold.touch()
+    try:
+        job_id = submit(client, section, params).json()["job_id"]
+        wait_for(client, job_id, "running")
+        assert client.delete(f"/v1/jobs/{job_id}").status_code == 204
+        status = client.get(f"/v1/jobs/{job_id}").json()
+        assert status["status"] == "cancelled"
+        refused = client.get(f"/v1/jobs/{job_id}/result")
+        assert refused.status_code == 409
+        assert "was cancelled" in refused.json()["error"]["message"]
+        # No job gets to its end here, and the one thread begins another job: it has stopped the first one.
+        other = submit(client, section, {"epochs": 1, "seed": 78}).json()["job_id"]
+        wait_for(client, other, "running")
+    finally:
+        hold.unlink()
     wait_for(client, other, "done")
-    assert time.monotonic() - start < 5
     assert not list((server[1].store.folder(job_id)).glob("attempt-*"))
     assert submit(client, section, params).json() | {"summary": 0, "status_url": 0} == {
         "job_id": job_id,
@@ -246,13 +252,15 @@ def test_results_expire_and_are_deleted(start_spatial_server, tmp_path, section,
     data = {"storage": str(tmp_path), "limits": {"ttl_s": 0.5}, "replicas": {"processes": 1}}
     with start_spatial_server(data) as (client, service, _):
         job_id = submit(client, section).json()["job_id"]
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while client.get(f"/v1/jobs/{job_id}").status_code == 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert service.store.state(job_id).status == "done"
         assert service.store.sweep(ttl_s=0.5, upload_s=1) == 0
         assert not service.store.folder(job_id).exists()
+        # The next one must still be there when it is looked at.
+        service.limits = service.limits.model_copy(update={"ttl_s": 3600.0})
         again = submit(client, section).json()
         assert (again["job_id"], again["status"]) == (job_id, "queued")
         assert wait_for(client, job_id, "done")
@@ -327,7 +335,7 @@ def test_the_commands_of_the_documentation_work(client, make_section, tmp_path):
         answers.append(subprocess.run([*words, "-sS", "--fail"], cwd=tmp_path, capture_output=True, check=True).stdout)
         if not job_id:
             job_id = json.loads(answers[0])["job_id"]
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while client.get(f"/v1/jobs/{job_id}").json()["status"] != "done":
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
