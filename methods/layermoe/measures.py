@@ -132,7 +132,15 @@ def routing(config: LayerMoEConfig, grown: Grown, context: RunContext) -> dict[s
             classifier_layers=made.classifier_layers,
         ),
     )
-    return routing_metrics(counts, groups)
+    metrics = routing_metrics(counts, groups)
+    layers: dict[int, dict[str, float]] = {}
+    for name, value in metrics.items():
+        whole, _, layer = name.partition("/layer_")
+        if layer:
+            layers.setdefault(int(layer), {})[f"{whole}/by_layer"] = value
+    for layer_number, values in layers.items():
+        context.tracker.log_metrics(values, step=layer_number)  # a curve over the layers
+    return {name: value for name, value in metrics.items() if "/layer_" not in name}
 
 
 def routing_piece(item: dict[str, Any]) -> dict[str, Any]:
