@@ -79,6 +79,7 @@ def forge_length(path, bytes_of_length):
 
 _REFUSAL_AND_MEMORY = """
 import resource, sys
+from pathlib import Path
 from tenfold.methods.gates.apart import check_file
 from tenfold.methods.gates.limits import Limits
 from tenfold.platform.errors import DataError
@@ -86,13 +87,14 @@ try:
     check_file(sys.argv[1], Limits(*map(int, sys.argv[2:])))
 except DataError as error:
     print(error)
-print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+own = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(max(int(own.split()[1]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 """
 
 
 def test_a_string_that_declares_gigabytes_is_refused_without_taking_them(path):
     forge_length(path, b"\xff\xff\xff\xfe")
-    # From a small process: the kernel counts the size of the parent, at the fork, as the child's peak.
+    # From a small process: getrusage counts the size of its parent, at the fork, as a process's own peak.
     order = [sys.executable, "-c", _REFUSAL_AND_MEMORY, str(path), *map(str, dataclasses.astuple(LIMITS))]
     refusal, peak = subprocess.run(order, capture_output=True, text=True, check=True).stdout.strip().splitlines()
     assert "damaged" in refusal

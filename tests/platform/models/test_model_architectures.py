@@ -70,7 +70,7 @@ print(logits.double().sum().item())
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert float(ended.stdout) == pytest.approx(made(IDS).logits.double().sum().item(), rel=1e-9)
+    assert float(ended.stdout) == pytest.approx(made(IDS).logits.double().sum().item(), rel=1e-5)
 
 
 def test_the_platform_loads_it_to_the_bit_in_the_wanted_dtype(folder, made):
