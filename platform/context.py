@@ -14,7 +14,7 @@ from tenfold.platform.tracking import Tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from tenfold.platform.models.manifest import Parent
+    from tenfold.platform.models.manifest import Manifest, Parent
     from tenfold.platform.stages import Stage, StageResult
     from tenfold.platform.training.launch import TrainingJob, TrainingResult
     from tenfold.platform.tuning.trial import TrialReports
@@ -80,14 +80,38 @@ class RunContext:
         from tenfold.platform.models.manifest import MANIFEST_NAME, Manifest
 
         manifest = Manifest.model_validate_json(result.storage.read_text(f"{result.outcome.model}/{MANIFEST_NAME}"))
+        self._point_at(result.model_folder, manifest)
+        return result.model_folder.removeprefix(self.storage.uri).strip("/")
+
+    def copy_model(self, folder: str, *, name: str) -> Manifest:
+        """Put a copy of a model, wherever it lies, into `models/NAME` of this run's folder; returns its manifest.
+
+        Raises:
+            ModelError: it is damaged.
+        """
+        import tempfile
+
+        from tenfold.platform.models.manifest import MANIFEST_NAME, verify_manifest
+
+        target = f"models/{name}"
+        with tempfile.TemporaryDirectory(prefix="tenfold-model-") as scratch:
+            source = Storage(folder).download("", Path(scratch) / "model")
+            manifest = verify_manifest(source).model_copy(update={"name": self.run_id})
+            self.storage.delete(target)
+            self.storage.upload(source, target)
+        self.storage.write_text(f"{target}/{MANIFEST_NAME}", manifest.model_dump_json(indent=2) + "\n")
+        self._point_at(self.storage.uri_of(target), manifest)
+        return manifest
+
+    def _point_at(self, folder: str, manifest: Manifest) -> None:
+        """Tell MLflow where a model of this run is."""
         self.tracker.log_model_pointer(
-            result.model_folder,
+            folder,
             manifest.digest,
             flavor=manifest.flavor,
             metrics=manifest.metrics,
             parents=[parent.reference for parent in manifest.parents],
         )
-        return result.model_folder.removeprefix(self.storage.uri).strip("/")
 
     def map(
         self,

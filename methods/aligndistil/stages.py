@@ -8,18 +8,15 @@ the objective is that very DPO, its model is also the policy.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.methods.aligndistil.config import PREFERENCE, AlignDistilConfig
 from tenfold.platform.method import Outcome
 from tenfold.platform.models.source import ModelSource
 from tenfold.platform.stages import Stage, StageResult
-from tenfold.platform.storage import Storage
 
 if TYPE_CHECKING:
     from tenfold.platform.context import RunContext
@@ -101,24 +98,9 @@ def train_policy(config: AlignDistilConfig, models: Mapping[str, ModelSource], c
 
 
 def _copy(folder: str, context: RunContext) -> Outcome:
-    from tenfold.platform.models.manifest import MANIFEST_NAME, verify_manifest
-
-    target = "models/policy"
-    with tempfile.TemporaryDirectory(prefix="tenfold-model-") as scratch:
-        source = Storage(folder).download("", Path(scratch) / "model")
-        manifest = verify_manifest(source).model_copy(update={"name": context.run_id})
-        context.storage.delete(target)
-        context.storage.upload(source, target)
-    context.storage.write_text(f"{target}/{MANIFEST_NAME}", manifest.model_dump_json(indent=2) + "\n")
+    manifest = context.copy_model(folder, name="policy")
     logger.info("dpo: the DPO model that evaluation reads is the policy; copied from %s", folder)
-    context.tracker.log_model_pointer(
-        context.storage.uri_of(target),
-        manifest.digest,
-        flavor=manifest.flavor,
-        metrics=manifest.metrics,
-        parents=[parent.reference for parent in manifest.parents],
-    )
-    return Outcome(metrics=manifest.metrics, model=target)
+    return Outcome(metrics=manifest.metrics, model="models/policy")
 
 
 def _stage(

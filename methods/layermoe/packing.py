@@ -40,7 +40,7 @@ OLD_GROUP = 0
 
 
 class Packer:
-    """Cuts the joined documents of one language into blocks; between two documents it can be pickled and resumed.
+    """Cuts the joined documents of one language into blocks; between two documents its `vars` are plain data.
 
     Args:
         length: tokens of a block.

@@ -113,13 +113,6 @@ class LocalContext(RunContext):
         return TrainingResult(CheckpointRecord(folder, 1, 1, metrics, {}))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """Return language -> a file of 40 short documents."""

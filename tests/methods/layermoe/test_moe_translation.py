@@ -31,18 +31,8 @@ OFFICIAL = [654, 114, 25, 759, 281, 250, 228, 142]
 
 
 @pytest.fixture(scope="module")
-def letters():
-    """A tokenizer with one token a byte; with special tokens it puts BOS first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {"<s>": 0, "</s>": EOS, **{letter: number for number, letter in enumerate(alphabet, start=2)}}
-    plain = Tokenizer(models.BPE(words, []))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>")
+def letters(byte_tokenizer):
+    return byte_tokenizer()
 
 
 class Scripted(LlamaForCausalLM):
