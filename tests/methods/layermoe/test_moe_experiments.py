@@ -64,6 +64,16 @@ def test_the_lifelong_run_begins_as_the_demo_does():
     }
 
 
+def test_the_lifelong_sweep_has_a_third_fewer_experts_than_moe_lpr(tmp_path):
+    ours = plan("layermoe/lifelong", tmp_path)
+    theirs = plan("layermoe/lifelong", tmp_path, "config.strategy=moe_lpr", "config.allocation.uniform=4")
+    for expansion in ("expansion", "expansion 2"):
+        assert "about 12 new" in ours[expansion]["experts"]
+        assert theirs[expansion]["experts"].startswith("18 new")
+    [uniform] = load_experiment("layermoe/lifelong").experiment.sweep.space["config.allocation.uniform"].grid
+    assert uniform == 4
+
+
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [("paper_qwen1.5_1.8b", 512, 768), ("paper_llama3.2_3b", 512, 640), ("paper_qwen1.5_1.8b_lifelong", 512, 640)],
