@@ -126,9 +126,9 @@ class Heart:
 
     def close(self) -> None:
         """Say that this rank is done and beat no more."""
+        self._event = DONE
         self._stop.set()
         if self._pulse is not None:
-            self._event = DONE
             self._pulse.beat.remote(self._attempt, self._beat())
 
     def _beat(self) -> Beat:

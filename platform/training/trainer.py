@@ -126,7 +126,7 @@ class Trainer(transformers.Trainer):
         if isinstance(order, LengthGroupedSampler):
             group = self.args.train_batch_size * (self.planned_accumulation or self.args.gradient_accumulation_steps)
             order = LengthGroups(order.lengths, group, self.args.data_seed or 0)
-        if self.shares is None:
+        if self.shares is None or order is None:
             return order
         if isinstance(order, RandomSampler):
             # what accelerate makes of it where it finds it unwrapped

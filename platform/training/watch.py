@@ -18,6 +18,8 @@ from tenfold.platform.training.room import Room
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
+JOIN_SECONDS = 5.0
+ACTOR_SECONDS = 300.0  # until the pulse has started
 GROW_SECONDS = 30.0  # room must be free so long: another job may only be starting again
 GROWN, PREEMPTED = "resize", "preemption"
 
@@ -66,14 +68,14 @@ class Watch:
     def __enter__(self) -> Watch:
         import ray
 
-        ray.get(self.pulse.begin.remote(self.attempt), timeout=ANSWER_SECONDS)
+        ray.get(self.pulse.begin.remote(self.attempt), timeout=ACTOR_SECONDS)
         self._begun = time.monotonic()
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._done.set()
-        self._thread.join(ANSWER_SECONDS)
+        self._thread.join(JOIN_SECONDS)
 
     def _run(self) -> None:
         while not self._done.wait(LOOK_SECONDS):
@@ -104,16 +106,16 @@ class Watch:
             self._ask(self._wish)
 
     def _problem(self, beats: Sequence[Beat]) -> str | None:
-        limit = self._compute.start_timeout_s
+        limit = 2 * self._compute.start_timeout_s  # for room, of which Ray tells, and then for the processes
         if self.all_started:
             late = [beat for beat in beats if beat.idle_s > self._limit(beat)]
             return hang_message(beats, late) if late else None
         if time.monotonic() - self._begun <= limit:
             return None
         return (
-            f"only {len(beats)} of {self.room.asked(self.size)} started within {limit:g} s (compute.start_timeout_s). "
-            f"The nodes: {describe_nodes()}. Look for nodes that lack tenfold or whose disks are full, ask for less, "
-            "or raise the limit"
+            f"only {len(beats)} of {self.room.asked(self.size)} started within {limit:g} s (twice "
+            f"compute.start_timeout_s). The nodes: {describe_nodes()}. Look for nodes that lack tenfold or whose "
+            "disks are full, ask for less, or raise the limit"
         )
 
     def _limit(self, beat: Beat) -> float:

@@ -61,11 +61,13 @@ def test_a_silent_worker_hangs_after_its_limit_and_one_that_is_done_never():
 def test_workers_that_do_not_start_are_found_with_what_was_asked_for(monkeypatch):
     monkeypatch.setattr("tenfold.platform.training.watch.describe_nodes", lambda: "here (0 of 2 CPU free)")
     watch = watch_of([beat(0)], start_timeout_s=50, cpus_per_worker=2)
-    watch._begun -= 49
+    watch._begun -= 99
     assert watch._problem([beat(0)]) is None
     watch._begun -= 2
     told = watch._problem([beat(0)])
-    assert told.startswith("only 1 of 2 worker(s) with 2 CPU each started within 50 s (compute.start_timeout_s)")
+    assert told.startswith(
+        "only 1 of 2 worker(s) with 2 CPU each started within 100 s (twice compute.start_timeout_s)"
+    )
     assert "here (0 of 2 CPU free)" in told
 
 
