@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tenfold.platform.experiment import Compute
+    from tenfold.platform.experiment import LoadedExperiment
 
 INTERRUPTED = 130
 
@@ -56,7 +56,7 @@ def run(
 
     loaded = load_experiment(experiment, overrides or [])
     show.plan(make_plan(loaded))
-    if _capacity(loaded.experiment.compute, plan):
+    if _capacity(loaded, plan):
         show.result(run_experiment(loaded, new=new), loaded.experiment.tracking.uri)
 
 
@@ -77,7 +77,7 @@ def sweep(
     loaded = load_experiment(experiment, overrides or [])
     show.plan(plan_sweep(loaded))
     wanted = loaded.experiment.sweep
-    if _capacity(loaded.experiment.compute, plan, concurrent=wanted.max_concurrent if wanted else 1):
+    if _capacity(loaded, plan, concurrent=wanted.max_concurrent if wanted else 1):
         show.sweep(run_sweep(loaded, new=new), loaded.experiment.tracking.uri)
 
 
@@ -173,17 +173,20 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
         raise typer.Exit(1)
 
 
-def _capacity(compute: Compute, plan: bool, concurrent: int = 1) -> bool:
+def _capacity(loaded: LoadedExperiment, plan: bool, concurrent: int = 1) -> bool:
     """Connect and make sure that the cluster has room; return whether to go on, which a plan does not."""
     from tenfold.platform import cluster
+    from tenfold.platform.training.sizes import plan_sizes
 
+    compute = loaded.experiment.compute
+    workers, _ = plan_sizes(loaded.config, compute)
     available = None
     if plan and cluster.cluster_address() is None:
         available = cluster.local_capacity()  # a plan starts nothing, not even a local cluster
     else:
         cluster.connect()
     cluster.check_capacity(
-        compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, concurrent=concurrent, available=available
+        workers, compute.cpus_per_worker, compute.gpus_per_worker, concurrent=concurrent, available=available
     )
     if plan:
         typer.echo("the plan fits; nothing was started")

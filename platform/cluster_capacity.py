@@ -149,6 +149,38 @@ def node_facts() -> list[NodeFacts]:
     return sorted(facts, key=lambda fact: (not fact.is_head, fact.address))
 
 
+def free_room(cpus: float, gpus: float) -> int:
+    """Return how many workers of this size fit beside what runs on the cluster now; draining nodes take none."""
+    from ray._private.state import available_resources_per_node, state
+
+    draining = state.get_draining_nodes()
+    free = [have for node, have in available_resources_per_node().items() if node not in draining]
+    return sum(NodeShape(have.get("CPU", 0.0), have.get("GPU", 0.0)).room(cpus, gpus) for have in free)
+
+
+def draining_nodes() -> dict[str, int]:
+    """Return the nodes that leave soon: id -> when, in milliseconds since 1970; 0 where that is not known."""
+    from ray._private.state import state
+
+    return dict(state.get_draining_nodes())
+
+
+def describe_nodes() -> str:
+    """Return what every node that is alive has, and has free, for messages."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free, leaving = available_resources_per_node(), draining_nodes()
+    told = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            has, left = node["Resources"], free.get(node["NodeID"], {})
+            parts = [f"{_quantity(left.get(k, 0))} of {_quantity(has[k])} {k}" for k in ("CPU", "GPU") if has.get(k)]
+            state = ", leaving" if node["NodeID"] in leaving else ""
+            told.append(f"{node['NodeManagerHostname']} ({' and '.join(parts) or 'no CPU'} free{state})")
+    return ", ".join(told) or "no node is alive"
+
+
 def check_capacity(
     workers: int,
     cpus_per_worker: float,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.method import Method, load_method, method_names, packaged_experiments
 from tenfold.platform.paths import expanded
@@ -31,10 +31,36 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Workers(StrictModel):
+    """Numbers of training processes between which an elastic job may change."""
+
+    min: Annotated[int, Field(ge=1)] = Field(description="fewest training processes that a job goes on with")
+    max: Annotated[int, Field(ge=1)] = Field(
+        description="most training processes; the global batch is that of so many"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"workers needs min <= max; got min {self.min}, max {self.max}")
+        return self
+
+
+# one kind is told by what was given, so that a mistake is one error and not one for each kind
+WorkersOption = Annotated[
+    Annotated[int, Field(ge=1), Tag("int")] | Annotated[Workers, Tag("[range]")],
+    Discriminator(lambda given: "[range]" if isinstance(given, dict | Workers) else "int"),
+]
+
+
 class Compute(StrictModel):
     """What a training job takes from the cluster."""
 
-    workers: int = Field(1, ge=1, description="training processes (data-parallel ranks)")
+    workers: WorkersOption = Field(
+        1,
+        description="training processes (data-parallel ranks): a number, or {min: ..., max: ...} for as many as there "
+        "is room for, with the same global batch",
+    )
     cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores each worker reserves; also its torch threads")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs each worker reserves; 0 trains on CPU")
     deepspeed: str | dict[str, Any] = Field(
@@ -42,8 +68,30 @@ class Compute(StrictModel):
         description=f"one of {', '.join(DEEPSPEED_PRESETS)}, a path to a DeepSpeed JSON file, or its content",
     )
     max_failures: int = Field(
-        3, ge=0, description="new starts after lost workers or nodes; errors of the program end a run"
+        3, ge=0, description="new starts after lost or hanging workers, or lost nodes; errors of the program end a run"
     )
+    hang_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="seconds without any progress (a forward pass, a step, an evaluated batch, a saved checkpoint) "
+        "after which a training worker counts as hanging and its job starts again",
+    )
+    start_timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="seconds to wait for room in the cluster and for all workers to start; and for each to get to its "
+        "first step, where that takes longer than hang_timeout_s",
+    )
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers that a training job goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        """Workers of the global batch: a step's rows, and the number of steps, follow from so many."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
 class Tracking(StrictModel):
@@ -132,12 +180,16 @@ class LoadedExperiment:
 
     @property
     def identity(self) -> str:
-        """Hash of everything that decides the numbers: method, seed, configuration, workers and DeepSpeed settings."""
+        """Hash of everything that decides the numbers: method, seed, configuration, workers and DeepSpeed settings.
+
+        Of the workers it is the largest number, which decides the global batch: `workers: 2` and
+        `workers: {min: 1, max: 2}` are the same run.
+        """
         content = {
             "method": self.experiment.method,
             "seed": self.experiment.seed,
             "config": self.config.model_dump(mode="json"),
-            "workers": self.experiment.compute.workers,
+            "workers": self.experiment.compute.max_workers,
             "deepspeed": self.experiment.compute.deepspeed,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

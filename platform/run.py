@@ -24,6 +24,7 @@ from tenfold.platform.storage import Storage
 from tenfold.platform.tracking import Status, Tracker, absolute_uri, check_tracking
 from tenfold.platform.tracking_store import file_store_path, sqlite_path
 from tenfold.platform.training.deepspeed_config import deepspeed_config
+from tenfold.platform.training.sizes import plan_sizes
 from tenfold.platform.validation import did_you_mean
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ def plan(loaded: LoadedExperiment) -> list[PlanSection]:
     check_tracking(uri)
     deepspeed_config(experiment.compute.deepspeed)
     compute = experiment.compute
+    _, elastic = plan_sizes(loaded.config, compute)
+    fewest, most = compute.min_workers, compute.max_workers
+    workers = f"{most}" if fewest == most else f"{fewest} to {most}"
     state = read_state(storage, loaded.run_id, keys=RUN_KEYS)
     status = {None: "new", "running": "unfinished: it resumes", "finished": "finished: needs --new"}
     general = PlanSection(
@@ -76,13 +80,13 @@ def plan(loaded: LoadedExperiment) -> list[PlanSection]:
             ("tracking", uri),
             (
                 "compute",
-                f"{compute.workers} worker(s) x {compute.cpus_per_worker:g} CPU, {compute.gpus_per_worker:g} GPU; "
+                f"{workers} worker(s) x {compute.cpus_per_worker:g} CPU, {compute.gpus_per_worker:g} GPU; "
                 f"DeepSpeed {compute.deepspeed if isinstance(compute.deepspeed, str) else 'own configuration'}",
             ),
         ),
     )
     context = PlanContext(experiment.seed, compute, Storage(_cache_uri(storage)))
-    return [general, *loaded.method.plan(loaded.config, context)]
+    return [general, *([elastic] if elastic else []), *loaded.method.plan(loaded.config, context)]
 
 
 def _check_job_addresses(experiment: Experiment) -> None:

@@ -144,4 +144,4 @@ def _has_room(context: RunContext, jobs: int) -> bool:
 
     compute, there = context.compute, ray.cluster_resources()
     needed = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
-    return all(jobs * compute.workers * number <= there.get(name, 0.0) for name, number in needed.items())
+    return all(jobs * compute.max_workers * number <= there.get(name, 0.0) for name, number in needed.items())

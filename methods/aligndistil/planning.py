@@ -44,7 +44,7 @@ def describe_run(config: AlignDistilConfig, context: PlanContext) -> list[PlanSe
     rows, counts, found = training_rows(config, tokenizer)
     _check_length(config, max(rows["length"]))
     evaluated = len(held_out_pairs(config.data))
-    workers = context.compute.workers
+    workers = context.compute.max_workers
     stages = _stages(config)
     for name, options in stages:
         _check_batch(name, options, len(rows), workers)

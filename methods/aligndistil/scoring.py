@@ -213,7 +213,7 @@ def _model(source: dict[str, Any], dtype: str) -> Any:
 
 def _spread(context: RunContext, function: Any, rows: list[Any], common: dict[str, Any], name: str) -> list[Any]:
     """Apply a piece function to rows, shared out over as many pieces as there are workers; results in row order."""
-    number = max(min(context.compute.workers, len(rows)), 1)
+    number = max(min(context.compute.max_workers, len(rows)), 1)
     items = [{**common, "piece": piece, "rows": rows[piece::number]} for piece in range(number)]
     keys = [_key([item, context.seed]) for item in items]
     compute = context.compute

@@ -120,7 +120,7 @@ def _stage(
         "aligndistil": config.model_dump(mode="json", exclude=UNDECISIVE),
         "model": model_digest(resolve(config.model)),
         "data": data_digest(config),
-        "workers": context.compute.workers,
+        "workers": context.compute.max_workers,
         "critic": None if config.rto.critic is None else model_digest(resolve(config.rto.critic)),
         "frozen": {name: model_digest(resolve(source)) for name, source in sources.items()},
     }

@@ -51,7 +51,7 @@ class DSKD:
         sets = {name: read_examples(sources, config.data, name)[0] for name, sources in config.test_sets.items()}
         rows = tokenised_dataset(splits.train, tokenizer, config.data)
         labels = sum(sum(label != -100 for label in row) for row in rows["labels"])
-        options, workers = config.training, context.compute.workers
+        options, workers = config.training, context.compute.max_workers
         batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * workers
         if batch > len(rows):
             raise ConfigError(

@@ -58,6 +58,11 @@ class GATES:
         from tenfold.methods.gates.reading import read_sections
         from tenfold.platform.training.deepspeed_config import deepspeed_config, zero_stage
 
+        if config.method in NETWORKS and context.compute.min_workers != context.compute.max_workers:
+            raise ConfigError(
+                f"compute.workers = {context.compute.min_workers} to {context.compute.max_workers}: the section is "
+                "cut into parts for one number of workers; give that"
+            )
         if config.method in NETWORKS and zero_stage(deepspeed_config(context.compute.deepspeed)) == 3:
             raise ConfigError(
                 "compute.deepspeed: stage 3 splits weights that the loss reads whole; the network has a million and a "
@@ -86,7 +91,7 @@ class GATES:
             work.append(("graphs", config.mode if config.fusion_weight else "spatial"))
             work.append(("alpha", f"{config.fusion_weight:g}"))
             work.append(("training", training_text(config)))
-            work.append(("workers", f"{context.compute.workers} (plain data parallel)"))
+            work.append(("workers", f"{context.compute.max_workers} (plain data parallel)"))
         work.append(("domains", f"{number} by {config.clustering.kind}, refinement {config.clustering.refine}"))
         return [PlanSection("section", section), PlanSection("work", tuple(work))]
 

@@ -110,7 +110,7 @@ def _count_language(
 
 
 def _stage(name: str, options: TrainingOptions, blocks: Blocks, length: int, context: PlanContext) -> tuple[str, str]:
-    workers = context.compute.workers
+    workers = context.compute.max_workers
     rows, accumulated = options.per_device_train_batch_size, options.gradient_accumulation_steps
     batch, shape = rows * accumulated * workers, f"{rows} x {accumulated} accumulated x {workers} workers"
     if blocks.is_exact and batch > blocks.number:

@@ -237,7 +237,7 @@ def _common(
         "data": texts,
         "groups": options.data.groups(),
         "held_out_lines": options.evaluation.max_lines,
-        "workers": context.compute.workers,
+        "workers": context.compute.max_workers,
     }
 
 

@@ -40,7 +40,7 @@ def responses(
     Returns:
         The texts of each seed, and the file of the cache that holds them (JSON).
     """
-    pieces = max(context.compute.workers, 1)
+    pieces = max(context.compute.max_workers, 1)
     content = [digest, dtype, options.model_dump(mode="json"), pieces, [list(prompt) for prompt in prompts]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
     cached = f"responses/{key}.json"

@@ -63,6 +63,7 @@ class ReportCallback(TrainerCallback):
         name = job.rpartition("/")[2]
         self._label = "" if name == DEFAULT_JOB else f"{name}: "
         self._metrics: dict[str, float] = {}
+        self._evaluated_at = -1
         self._tokens_before, self._time_before = 0.0, time.monotonic()
         self._start: tuple[int, float] | None = None
 
@@ -124,6 +125,7 @@ class ReportCallback(TrainerCallback):
     ) -> None:
         """Report an evaluation to Ray; with a checkpoint due, `on_save` reports both at once."""
         self._metrics.update(metric_names(metrics or {}))
+        self._evaluated_at = state.global_step
         if self._tracker is not None:
             shown = {name: value for name, value in self._metrics.items() if name.startswith("eval/")}
             values = " ".join(f"{k} {v:.4g}" for k, v in shown.items())
@@ -148,11 +150,14 @@ class ReportCallback(TrainerCallback):
             checkpoint_dir_name=name,
         )
         if state.is_world_process_zero:
+            # a checkpoint between two evaluations has none: the earlier one's must not make it the best
+            is_evaluated = self._evaluated_at == state.global_step
+            metrics = {k: v for k, v in self._metrics.items() if is_evaluated or not k.startswith("eval/")}
             record = CheckpointRecord(
                 path=f"{self._job}/{self._attempt}/{name}",
                 step=state.global_step,
                 world_size=args.world_size,
-                metrics={k: v for k, v in self._metrics.items() if math.isfinite(v)},
+                metrics={k: v for k, v in metrics.items() if math.isfinite(v)},
                 files={path: digest for rank in digests for path, digest in rank.items()},
             )
             write_manifest(self._storage, record)

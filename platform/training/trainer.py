@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
+from accelerate.data_loader import SeedableRandomSampler
+from safetensors.torch import load_file, save_file
 from tenfold.platform.models.adapters import merged_weights
+from tenfold.platform.training.rows import EvenRows, LengthGroups
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 COSINE_FLOOR = 1e-7
+BUFFERS = "buffers.safetensors"
+UNIVERSAL = "latest_universal"  # DeepSpeed's mark of a checkpoint that fits any number of workers
 
 
 class Trainer(transformers.Trainer):
@@ -30,9 +38,13 @@ class Trainer(transformers.Trainer):
 
     Attributes:
         evaluated: what the module returns in eval mode for each row, [B] each; `compute_metrics` gets them as columns.
+        shares: numbers of workers that share the rows of an epoch all divide it (`sizes.shares`); None for a job that
+            always has the same number. The platform sets it.
     """
 
     evaluated: ClassVar[tuple[str, ...]] = ("nll", "num_labels")
+    shares: int | None = None
+    planned_accumulation: int | None = None
 
     model: Any
     optimizer: Any
@@ -107,6 +119,20 @@ class Trainer(transformers.Trainer):
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return an order of rows that depends on seed and epoch alone, whatever the number of workers."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        order = super()._get_train_sampler(train_dataset)
+        if isinstance(order, LengthGroupedSampler):
+            group = self.args.train_batch_size * (self.planned_accumulation or self.args.gradient_accumulation_steps)
+            order = LengthGroups(order.lengths, group, self.args.data_seed or 0)
+        if self.shares is None or order is None:
+            return order
+        if isinstance(order, RandomSampler):
+            # what accelerate makes of it where it finds it unwrapped
+            order = SeedableRandomSampler(rows, data_seed=self.args.data_seed)
+        return EvenRows(order, self.args.train_batch_size * self.shares)
+
     def _prepare_input(self, data: Any) -> Any:
         """Move a tensor to the device in its own dtype: with bf16 transformers would round counts and targets."""
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
@@ -121,13 +147,41 @@ class Trainer(transformers.Trainer):
         return outputs["loss"].detach().mean(), columns, columns[:, 0]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Have DeepSpeed leave frozen weights out of its state: a resumed run loads them where they came from."""
+        """Have DeepSpeed leave frozen weights out of its state: a resumed run loads them where they came from.
+
+        Buffers are kept beside it as well: DeepSpeed leaves them out when it resumes with another number of workers.
+        """
         engine: Any = self.model_wrapped
         engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
         try:
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
             del engine.save_checkpoint  # the class's own again
+        if self.args.should_save and (buffers := self._kept_buffers()):
+            save_file({name: value.contiguous() for name, value in buffers.items()}, Path(output_dir) / BUFFERS)
+
+    def _kept_buffers(self) -> dict[str, Tensor]:
+        kept = self.model.state_dict().keys()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """After DeepSpeed has loaded a checkpoint that another number of workers wrote, load the buffers as well."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / UNIVERSAL).exists() and (own := self._kept_buffers()):
+            found = load_file(Path(checkpoint) / BUFFERS)
+            for name, buffer in own.items():
+                buffer.copy_(found[name])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Go on with the rank's own random numbers; a rank that has none in the checkpoint starts others."""
+        if checkpoint is None:
+            return
+        rank, several = self.args.process_index, self.args.world_size > 1
+        if (Path(checkpoint) / (f"rng_state_{rank}.pth" if several else "rng_state.pth")).exists():
+            super()._load_rng_state(checkpoint)
+            return
+        text = f"{self.args.seed} {self.state.global_step} {rank}"
+        transformers.set_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save the exported model alone, in Hugging Face form; DeepSpeed's files beside it hold the rest."""

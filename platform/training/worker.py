@@ -10,16 +10,16 @@ import socket
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenfold.platform.errors import CheckpointError, TenfoldError
+from tenfold.platform.errors import TenfoldError
 from tenfold.platform.storage import Storage
 from tenfold.platform.training.options import TrainingOptions
+from tenfold.platform.training.sizes import accumulation_at
 
 if TYPE_CHECKING:
-    from tenfold.platform.training.checkpoints import CheckpointRecord
     from tenfold.platform.training.trainer import Trainer
     from transformers import TrainingArguments
 
@@ -62,11 +62,10 @@ def worker_loop(payload: dict[str, Any]) -> dict[str, Any]:
         payload: plain data from `launch.train_job`.
 
     Returns:
-        The last step and the newest metrics (rank 0's become the job's return value).
+        The last step, and why training has `stopped` before its end, if it has (rank 0's is the job's return value).
 
     Raises:
-        TenfoldError: as it was raised; CheckpointError also where the newest checkpoint was written by another number
-            of workers.
+        TenfoldError: as it was raised.
         ConnectionError: contact with another worker was lost; started again, the same job may end well.
         RuntimeError: any other error, as text.
     """
@@ -93,19 +92,26 @@ def plain_error(error: Exception) -> Exception:
 def _train(payload: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     from tenfold.platform.tracking import Tracker
+    from tenfold.platform.training.heartbeat import Heart
     from tenfold.platform.training.report import ReportCallback
+    from tenfold.platform.training.stopping import HeartCallback, StopCallback
+    from tenfold.platform.training.universal import ResumePoint
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    heart = Heart(payload["pulse"], payload["attempt"], rank)
     storage = Storage(payload["storage"])
     tracker = Tracker.attach(**payload["tracker"]) if rank == 0 else None
     options = TrainingOptions.model_validate(payload["options"])
+    resume = ResumePoint(**payload["resume_point"]) if payload["resume_point"] else None
     with tempfile.TemporaryDirectory(prefix="tenfold-train-") as scratch:
-        resume = _checkpoint_to_resume(storage, payload["job"], rank, world_size)
         folder = storage.download(resume.path, Path(scratch) / "resume") if resume else None
         if resume is not None and folder is not None and is_complete(folder):
             return {"step": resume.step}
         trainer = make_trainer(payload, rank, world_size, Path(scratch))
+        stop = StopCallback(heart)
+        trainer.add_callback(HeartCallback(heart))
+        trainer.add_callback(stop)  # before the report, which logs what is saved
         trainer.add_callback(
             ReportCallback(
                 storage,
@@ -121,7 +127,8 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=str(folder) if folder else None)
         if tracker is not None:
             tracker.flush()
-        return {"step": trainer.state.global_step}
+        heart.close()
+        return {"step": trainer.state.global_step, "stopped": stop.reason}
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -138,12 +145,13 @@ def make_trainer(payload: dict[str, Any], rank: int, world_size: int, scratch: P
 
     options = TrainingOptions.model_validate(payload["options"])
     # made before the models, so that these are sharded while they load under ZeRO-3
-    arguments = _training_arguments(payload, options, scratch / "out")
+    arguments = _training_arguments(payload, options, world_size, scratch / "out")
     build = _import(payload["build"])
     trainer = build(
         WorkerContext(payload["config"], options, arguments, payload["seed"], rank, world_size, payload["deepspeed"])
     )
     trainer.remove_callback(transformers.PrinterCallback)  # ReportCallback says the same, once
+    trainer.shares, trainer.planned_accumulation = payload.get("shares"), options.gradient_accumulation_steps
     return trainer
 
 
@@ -180,35 +188,18 @@ def settle_process(payload: dict[str, Any]) -> None:
         deepspeed.ops.__compatible_ops__ = {}
 
 
-def _checkpoint_to_resume(storage: Storage, job: str, rank: int, world_size: int) -> CheckpointRecord | None:
-    """Let rank 0 choose, so that all ranks resume from the same step."""
-    import torch.distributed
-    from tenfold.platform.training.checkpoints import CheckpointRecord, newest_good
-
-    choice: list[Any] = [None]
-    if rank == 0:
-        record = newest_good(storage, job)
-        choice = [asdict(record) if record else None]
-    if world_size > 1:
-        torch.distributed.broadcast_object_list(choice, src=0)
-    if choice[0] is None:
-        return None
-    record = CheckpointRecord(**choice[0])
-    if record.world_size != world_size:
-        raise CheckpointError(
-            f"checkpoint {storage.uri_of(record.path)} was written by {record.world_size} workers, this run has "
-            f"{world_size}; use compute.workers={record.world_size}, or start afresh with --new"
-        )
-    return record
-
-
-def _training_arguments(payload: dict[str, Any], options: TrainingOptions, folder: Path) -> TrainingArguments:
+def _training_arguments(
+    payload: dict[str, Any], options: TrainingOptions, world_size: int, folder: Path
+) -> TrainingArguments:
     from transformers import TrainingArguments
 
     schedule = options.lr_scheduler_type
+    accumulation = accumulation_at(
+        world_size, options.gradient_accumulation_steps, payload.get("max_workers", world_size)
+    )
     return TrainingArguments(
         output_dir=str(folder),
-        deepspeed=payload["deepspeed"],
+        deepspeed=_deepspeed(payload),
         use_cpu=payload["gpus_per_worker"] == 0,
         seed=payload["seed"],
         data_seed=payload["seed"],
@@ -224,8 +215,16 @@ def _training_arguments(payload: dict[str, Any], options: TrainingOptions, folde
         average_tokens_across_devices=True,
         prediction_loss_only=False,
         save_total_limit=None,
-        **options.arguments(),
+        **{**options.arguments(), "gradient_accumulation_steps": accumulation},
     )
+
+
+def _deepspeed(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return the DeepSpeed configuration; it says how the checkpoint to resume from is to be read."""
+    config = payload["deepspeed"]
+    if not (payload.get("resume_point") or {}).get("universal"):
+        return config
+    return {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
 
 
 def _import(reference: str) -> Any:

@@ -64,7 +64,7 @@ def test_s_follows_the_head_only_where_the_head_is_trained(tiny_llama, batch, ad
 
 
 def plan_of(config):
-    sections = DSKD().plan(config, SimpleNamespace(compute=SimpleNamespace(workers=1)))
+    sections = DSKD().plan(config, SimpleNamespace(compute=SimpleNamespace(max_workers=1)))
     return dict(line for section in sections for line in section.rows)
 
 

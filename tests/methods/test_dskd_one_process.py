@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     """Stands in for a run: independent pieces are done here, one after the other."""
     return SimpleNamespace(
         cache=Storage(tmp_path_factory.mktemp("cache")),
-        compute=SimpleNamespace(workers=1, cpus_per_worker=1, gpus_per_worker=0),
+        compute=SimpleNamespace(max_workers=1, cpus_per_worker=1, gpus_per_worker=0),
         map=lambda function, items, **_: [function(item) for item in items],
         report=lambda metrics: None,
     )
@@ -216,6 +216,6 @@ def test_a_tokenizer_that_does_not_tell_its_bytes_is_refused_by_the_plan(tmp_pat
 def test_a_student_that_caps_its_logits_is_refused_by_the_plan():
     shape = {**SHAPE, "model_type": "gemma2", "head_dim": 8, "num_key_value_heads": 2}
     config = options("dual_space_v2", student={"config": shape, "tokenizer": TEACHER})
-    context = SimpleNamespace(compute=SimpleNamespace(workers=1))
+    context = SimpleNamespace(compute=SimpleNamespace(max_workers=1))
     with pytest.raises(ModelError, match=r"gemma2: final_logit_softcapping = 30.0"):
         DSKD().plan(config, context)

@@ -104,7 +104,7 @@ def run(tmp_path):
     return SimpleNamespace(
         storage=Storage(tmp_path / "run"),
         cache=Storage(tmp_path / "cache"),
-        compute=SimpleNamespace(workers=1, cpus_per_worker=1, gpus_per_worker=0),
+        compute=SimpleNamespace(max_workers=1, cpus_per_worker=1, gpus_per_worker=0),
         map=lambda function, items, **_: [function(item) for item in items],
         tracker=SimpleNamespace(log_text=lambda text, file: None),
     )

@@ -1,0 +1,125 @@
+"""A training job of a toy that writes down the rows of every step: quick, with all that a checkpoint must bring back.
+
+The toy has frozen weights, weights outside the exported model, and a buffer that every step changes and a loss reads.
+`config`: `rows`, where to `record`; `slow` = {from, seconds, until}: steps are slow until a file is there; `hang` =
+{rank, step, mark}: it hangs once, if the file is not there yet.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tenfold.platform.training.module import TrainedModule
+from tenfold.platform.training.trainer import Trainer, perplexity_metrics
+from torch import nn
+
+VOCABULARY, WIDTH, LENGTH = 16, 8, 6
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = transformers.PretrainedConfig(hidden_size=WIDTH)
+        self.table = nn.Embedding(VOCABULARY, WIDTH)
+        self.table.requires_grad_(False)
+        self.body = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids):
+        return torch.tanh(self.body(self.table(ids)))
+
+    def save_pretrained(self, folder, state_dict):
+        save_file(
+            {name: weight.contiguous() for name, weight in state_dict.items()}, Path(folder) / "model.safetensors"
+        )
+
+
+class ToyModule(TrainedModule):
+    def __init__(self):
+        super().__init__(Toy())
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.register_buffer("drift", torch.zeros(()))
+
+    def forward(self, input_ids, labels, attention_mask, rows, num_items_in_batch=None):
+        logits = self.head(self.exported(input_ids))[:, :-1] * (1 + self.drift)
+        wanted = labels[:, 1:]
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), wanted, reduction="none")
+        count = (wanted != -100).sum()
+        total = losses.sum()
+        found = {"loss": total / (count if num_items_in_batch is None else num_items_in_batch)}
+        found["statistics"] = {"nll": (total.detach(), count)}
+        if not self.training:
+            found |= {"nll": losses.sum(1), "num_labels": (wanted != -100).sum(1)}
+        return found
+
+
+def collate(rows):
+    ids = torch.stack([torch.randint(VOCABULARY, (LENGTH,), generator=seeded(row["row"])) for row in rows])
+    labels = ids.clone()
+    for place, row in enumerate(rows):  # of unequal lengths
+        labels[place, LENGTH - row["row"] % 3 :] = -100
+    numbers = torch.tensor([row["row"] for row in rows])
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "rows": numbers}
+
+
+def seeded(number):
+    return torch.Generator().manual_seed(number)
+
+
+class ToyTrainer(Trainer):
+    plan: dict
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step + 1
+        if batches:
+            record = Path(self.plan["record"])
+            record.mkdir(parents=True, exist_ok=True)
+            line = {"step": step, "rows": [batch["rows"].tolist() for batch in batches]}
+            with (record / f"{os.getpid()}.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            time.sleep(self.plan.get("pause", 0))
+            self.model.drift += 0.05
+        hang = self.plan.get("hang")
+        if (
+            hang
+            and hang["rank"] == self.args.process_index
+            and hang["step"] == step
+            and not Path(hang["mark"]).exists()
+        ):
+            Path(hang["mark"]).touch()
+            while True:
+                time.sleep(60)
+        return batches, items
+
+
+def build(context):
+    from tenfold.platform.models.randomness import seeded as drawn
+
+    with drawn(context.seed):
+        module = ToyModule()
+    rows = [{"row": number} for number in range(context.config["rows"])]
+    trainer = ToyTrainer(
+        model=module,
+        args=context.arguments,
+        train_dataset=rows,
+        eval_dataset=rows[:3],
+        data_collator=collate,
+        compute_metrics=perplexity_metrics,
+    )
+    trainer.plan = context.config
+    return trainer
+
+
+def recorded(folder):
+    """Return attempt -> step -> sorted rows of all workers, of every step that they have begun."""
+    found = {}
+    for file in Path(folder).glob("*.jsonl"):
+        for line in file.read_text().splitlines():  # none yet while it is written
+            data = json.loads(line)
+            steps = found.setdefault(data["attempt"], {})
+            steps.setdefault(data["step"], []).extend(row for batch in data["rows"] for row in batch)
+    return {name: {step: sorted(rows) for step, rows in steps.items()} for name, steps in found.items()}
