@@ -12,6 +12,7 @@ from tenfold.methods.layermoe.config import LayerMoEConfig
 from tenfold.methods.layermoe.corpora import Corpus, group_of_language, languages_of, lines_by_language
 from tenfold.methods.layermoe.evaluation import line_rows
 from tenfold.methods.layermoe.expansion import trainable
+from tenfold.methods.layermoe.insertion import train_copies
 from tenfold.methods.layermoe.modeling import blocks_of, layout_of
 from tenfold.methods.layermoe.module import ExpansionModule, Objective, old_tokens
 from tenfold.methods.layermoe.packing import BlockCollator, packed_blocks
@@ -24,7 +25,7 @@ from tenfold.platform.training.step_trainer import Batches, StepTrainer
 from tenfold.platform.training.trainer import Trainer, perplexity_metrics
 from tenfold.platform.training.worker import WorkerContext
 
-Stage = Literal["base", "experts", "review", "full_ft", "lora"]
+Stage = Literal["base", "experts", "review", "full_ft", "lora", "llama_pro"]
 Row = dict[str, Any]
 
 
@@ -53,7 +54,7 @@ def build_trainer(context: WorkerContext) -> Trainer:
     """Load model and data on this worker and put them into a Trainer.
 
     `context.config` has the method's options under `layermoe`, the `stage`, and the source of the `model` that it
-    trains; for `experts` and `review` an expanded one.
+    trains; for `experts` and `review` an expanded one, for `llama_pro` one with `copies` of layers.
 
     Raises:
         ModelError: the model does not fit the stage.
@@ -64,7 +65,7 @@ def build_trainer(context: WorkerContext) -> Trainer:
     source = ModelSource.model_validate(payload["model"])
     tokenizer = load_tokenizer(source)
     model = load_causal_lm(source, seed=context.seed, dtype="float32")
-    choose_weights(model, config, stage, seed=context.seed)
+    choose_weights(model, config, stage, seed=context.seed, copies=payload.get("copies", ()))
     groups = group_of_language(config.data, earlier_expansions(model.config, stage))
     held_out = evaluated_languages(config, stage)
     return ExpansionTrainer(
@@ -79,14 +80,23 @@ def build_trainer(context: WorkerContext) -> Trainer:
     )
 
 
-def choose_weights(model: Any, config: LayerMoEConfig, stage: Stage, *, seed: int) -> None:
+def choose_weights(model: Any, config: LayerMoEConfig, stage: Stage, *, seed: int, copies: Sequence[int] = ()) -> None:
     """Let what a stage trains require gradients, and nothing else.
+
+    Args:
+        model: changed.
+        config: the method's options.
+        stage: what is trained.
+        seed: decides the adapter of lora.
+        copies: the layers that llama_pro trains.
 
     Raises:
         ModelError: the stage trains experts, and the model has none.
     """
     if stage == "lora":
         add_adapter(model, config.lora, seed=seed)
+    elif stage == "llama_pro":
+        train_copies(model, copies)
     elif stage == "review":
         trainable(model, 2)
     elif stage == "experts" and config.strategy != "moe":
