@@ -183,8 +183,10 @@ class LayerMoEConfig(StrictModel):
     prior_weight: float = Field(
         0.1, ge=0, description="beta, weight of language-prior routing in stage 2 (official: 0.1)"
     )
-    prior_form: Literal["nll", "official"] = Field(
-        "nll", description="-log p of expert 0; official: with the second softmax of the published code"
+    prior_form: Literal["nll", "official", "group"] = Field(
+        "nll",
+        description="nll: -log p of expert 0 for old tokens; official: with the second softmax of the published code; "
+        "group: every token shall prefer its own group's experts (for lifelong moe_lpr)",
     )
     classifier_weight: float = Field(
         0.1, ge=0, description="gamma, weight of the classifiers' loss in stage 2 (official: 0.1)"

@@ -38,16 +38,18 @@ class ExpansionTrainer(StepTrainer):
     evaluated: ClassVar[tuple[str, ...]] = ("nll", "num_labels", "language")
 
     def prepare_step(self, batches: Batches) -> Batches:
-        """Give the batches of a review the old tokens and the sequences of the step, on all ranks."""
+        """Give the batches of a review the old and real tokens and the sequences of the step, on all ranks."""
         if not batches or not self.model.objective.reads_groups:
             return batches
         # integers: the Trainer rounds other numbers of a batch to the model's dtype
-        own = torch.zeros(2, dtype=torch.int64, device=self.args.device)
+        own = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         for batch in batches:
             old = old_tokens(batch["attention_mask"], batch["group"], batch.get("old_mask"))
-            own += torch.stack([old.sum(), torch.tensor(len(old), device=old.device)]).to(own.device)
-        num_old_tokens, num_sequences = self.accelerator.reduce(own, reduction="sum")
-        return [{**batch, "num_old_tokens": num_old_tokens, "num_sequences": num_sequences} for batch in batches]
+            counts = [old.sum(), batch["attention_mask"].sum(), torch.tensor(len(old), device=old.device)]
+            own += torch.stack(counts).to(own.device)
+        counted = self.accelerator.reduce(own, reduction="sum")
+        names = ("num_old_tokens", "num_real_tokens", "num_sequences")
+        return [{**batch, **dict(zip(names, counted, strict=True))} for batch in batches]
 
 
 def build_trainer(context: WorkerContext) -> Trainer:
