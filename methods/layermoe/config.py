@@ -11,7 +11,7 @@ from tenfold.platform.models.adapters import LoraOptions
 from tenfold.platform.models.source import ModelSource
 from tenfold.platform.training.options import TrainingOptions
 
-Strategy = Literal["layermoe", "moe_lpr", "mola", "moe", "full_ft", "lora", "base"]
+Strategy = Literal["layermoe", "moe_lpr", "mola", "moe", "full_ft", "lora", "llama_pro", "base"]
 EXPANDING = ("layermoe", "moe_lpr", "mola", "moe")  # strategies that add experts
 REVIEWING = ("layermoe", "moe_lpr", "mola")  # strategies with a second stage
 NEW_EXPERTS_A_LAYER = 2.5  # delta / layers of the official runs (70 of 28 layers, about 60 of 24)
@@ -164,7 +164,8 @@ class LayerMoEConfig(StrictModel):
     strategy: Strategy = Field(
         "layermoe",
         description="layermoe: the paper; moe_lpr: as many experts on every layer, no classifier (2408.11396); "
-        "mola: 2, 4, 6, 8 experts by depth; moe: upcycled, nothing frozen; full_ft, lora: no experts; base: nothing",
+        "mola: 2, 4, 6, 8 experts by depth; moe: upcycled, nothing frozen; full_ft, lora: no experts; llama_pro: "
+        "copies of layers (2401.02415); base: nothing",
     )
     data: LanguageData = Field(description="documents of old and new languages, held-out lines")
     lifelong: list[Expansion] = Field(
@@ -182,8 +183,10 @@ class LayerMoEConfig(StrictModel):
     prior_weight: float = Field(
         0.1, ge=0, description="beta, weight of language-prior routing in stage 2 (official: 0.1)"
     )
-    prior_form: Literal["nll", "official"] = Field(
-        "nll", description="-log p of expert 0; official: with the second softmax of the published code"
+    prior_form: Literal["nll", "official", "group"] = Field(
+        "nll",
+        description="nll: -log p of expert 0 for old tokens; official: with the second softmax of the published code; "
+        "group: every token shall prefer its own group's experts (for lifelong moe_lpr)",
     )
     classifier_weight: float = Field(
         0.1, ge=0, description="gamma, weight of the classifiers' loss in stage 2 (official: 0.1)"
@@ -191,6 +194,12 @@ class LayerMoEConfig(StrictModel):
     lora: LoraOptions = Field(
         LoraOptions(r=8, alpha=16.0, dropout=0.0, target_modules="all-linear"),
         description="adapter of strategy lora (rank of MoE-LPR's own baseline unverified)",
+    )
+    inserted_layers: int | None = Field(
+        None,
+        ge=1,
+        description="copies of layers that llama_pro inserts, evenly spaced; default: one behind every second layer "
+        "(12 in MoE-LPR's 24-layer baseline)",
     )
     stage1: TrainingOptions = Field(
         default_factory=TrainingOptions, description="post-pretraining on the new languages; all strategies but base"
@@ -216,6 +225,8 @@ class LayerMoEConfig(StrictModel):
         default_lora = type(self).model_fields["lora"].default
         if self.strategy != "lora" and self.lora != default_lora:
             raise ValueError(f"lora is read by strategy lora; {asked}. Remove it")
+        if self.strategy != "llama_pro" and self.inserted_layers is not None:
+            raise ValueError(f"inserted_layers is read by strategy llama_pro; {asked}. Remove it")
         if self.strategy not in EXPANDING and self.lifelong:
             raise ValueError(f"lifelong adds experts again and again; {asked} adds none. Remove it")
         if self.base_training is not None and self.model.config is None and self.data.earlier:

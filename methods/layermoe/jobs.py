@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tenfold.platform.training.options import TrainingOptions
 
 START = "start"  # folder of the untrained model
-FLAVOR = "moe-causal-lm"
+FLAVOR, PLAIN = "moe-causal-lm", "causal-lm"
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,14 @@ class Job:
     """One training.
 
     Attributes:
-        stage: base, experts, review, full_ft or lora.
+        stage: base, experts, review, full_ft, lora or llama_pro.
         options: of the expansion.
         source: the model that it starts from, as yet without the experts or classifiers that the stage adds.
         training: steps, batches, ...
         digest: of the model.
         texts: group -> digest of what is read.
         assignment: what the layers get.
+        places: the layers behind which llama_pro inserts copies.
     """
 
     stage: str
@@ -46,10 +47,13 @@ class Job:
     digest: str
     texts: dict[str, str]
     assignment: Assignment | None = None
+    places: tuple[int, ...] = ()
 
     def additions(self) -> dict[str, Any] | None:
         """Return what the stage adds to its model before it trains, as plain data for `start_piece`; None: nothing."""
         options, given = self.options, self.assignment
+        if self.places:
+            return {"places": list(self.places)}
         if given is None:
             return None
         if self.stage == "experts":
@@ -75,6 +79,7 @@ class Job:
 
 def train(job: Job, context: RunContext) -> Outcome:
     """Do a job, and keep the best checkpoint as a model."""
+    from tenfold.methods.layermoe.insertion import copies_of
     from tenfold.methods.layermoe.trainer import build_trainer
     from tenfold.platform.models.manifest import Parent
     from tenfold.platform.training.launch import TrainingJob
@@ -84,6 +89,7 @@ def train(job: Job, context: RunContext) -> Outcome:
         "layermoe": job.options.model_dump(mode="json"),
         "stage": job.stage,
         "model": start.model_dump(mode="json"),
+        "copies": copies_of(job.places),
     }
     result = context.train(TrainingJob(build_trainer, payload, job.training, name=job.stage))
     metrics = {name: value for name, value in result.best.metrics.items() if name.startswith("eval/")}
@@ -97,7 +103,7 @@ def train(job: Job, context: RunContext) -> Outcome:
     model = context.save_model(
         result.best.path,
         name="model",
-        flavor=FLAVOR if expanded else "causal-lm",
+        flavor=FLAVOR if expanded else PLAIN,
         metrics=metrics,
         parents=parents,
     )
@@ -128,18 +134,22 @@ def start_model(job: Job, context: RunContext) -> ModelSource:
 
 
 def start_piece(item: dict[str, Any]) -> dict[str, Any]:
-    """Add experts or classifiers to a model and store it; runs on a worker, on the CPU."""
+    """Add experts, classifiers or layers to a model and store it; runs on a worker, on the CPU."""
     from tenfold.methods.layermoe.expansion import attach_classifiers, expand
+    from tenfold.methods.layermoe.insertion import insert_layers
     from tenfold.platform.models.saving import save_model
     from tenfold.platform.storage import Storage
 
     model, tokenizer = loaded(item["model"], item["seed"])
     if item["stage"] == "experts":
         model = expand(model, seed=item["seed"], **item["additions"])
+    elif item["stage"] == "llama_pro":
+        model = insert_layers(model, item["additions"]["places"])
     else:
         model = attach_classifiers(model, seed=item["seed"], **item["additions"])
     with tempfile.TemporaryDirectory(prefix="tenfold-expanded-") as scratch:
         folder = Path(scratch) / "model"
-        manifest = save_model(model, tokenizer, folder, flavor=FLAVOR, method="layermoe", name=START)
+        flavor = PLAIN if item["stage"] == "llama_pro" else FLAVOR
+        manifest = save_model(model, tokenizer, folder, flavor=flavor, method="layermoe", name=START)
         Storage(item["storage"]).upload(folder, START)
     return {"digest": manifest.digest}

@@ -35,12 +35,16 @@ class Family:
         model: name of the causal language model's class.
         ffn: a decoder layer's feed-forward module; another one is made by its class from the configuration.
         attention: the module that runs before it in the layer and gets the layer's keyword arguments.
+        ffn_output: the FFN's linear map into the residual stream.
+        attention_output: the attention's.
     """
 
     config: str
     model: str
     ffn: str = "mlp"
     attention: str = "self_attn"
+    ffn_output: str = "down_proj"
+    attention_output: str = "o_proj"
 
 
 # A family is one line: decoder layers at `model.model.layers`.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tenfold.methods.layermoe.balance import balance_loss
 from tenfold.methods.layermoe.classification import classifier_hits, classifier_sum
-from tenfold.methods.layermoe.language_prior import PriorForm, base_probability, prior_sum
+from tenfold.methods.layermoe.language_prior import PriorForm, base_probability, group_prior_sum, prior_sum
 from tenfold.methods.layermoe.modeling import layout_of
 from tenfold.methods.layermoe.state import RouteWith, RoutingState, collecting
 from tenfold.platform.data.positions import label_positions, next_labels
@@ -68,7 +68,8 @@ class ExpansionModule(TrainedModule):
     def __init__(self, model: nn.Module, objective: Objective):
         super().__init__(model)
         self.objective = objective
-        self._top_k = layout_of(self.config).top_k
+        layout = layout_of(self.config)
+        self._top_k, self._sizes = layout.top_k, dict(enumerate(layout.experts))
 
     def check_heads(self) -> None:
         """Make sure that the loss reads what the model predicts.
@@ -87,6 +88,7 @@ class ExpansionModule(TrainedModule):
         old_mask: Tensor | None = None,
         language: Tensor | None = None,
         num_old_tokens: Tensor | int | None = None,
+        num_real_tokens: Tensor | int | None = None,
         num_sequences: Tensor | int | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Any]:
@@ -103,6 +105,7 @@ class ExpansionModule(TrainedModule):
             old_mask: bool [B, T], which tokens are of an old language; default: all of the sequences of group 0.
             language: int64 [B], number of each sequence's language; handed through in eval mode.
             num_old_tokens: `old_tokens` of the whole global step; default: those of this batch.
+            num_real_tokens: tokens of the whole global step that are no padding; default: those of this batch.
             num_sequences: sequences of the whole global step; default: those of this batch.
             num_items_in_batch: label tokens of the whole global step; default: those of this batch.
 
@@ -124,6 +127,7 @@ class ExpansionModule(TrainedModule):
             for value, parts in (
                 self._balance(state, mask),
                 self._prior(state, old, num_old_tokens),
+                self._group_prior(state, mask, old, group, num_real_tokens),
                 self._classifier(state, group, num_sequences),
             ):
                 loss, statistics = loss + value, statistics | parts
@@ -153,10 +157,20 @@ class ExpansionModule(TrainedModule):
         return weight * value / self.micro_batches, parts
 
     def _prior(self, state: RoutingState, old: Tensor, total: Tensor | int | None) -> tuple[Tensor | float, Parts]:
-        weight = self.objective.prior_weight
-        if weight is None:
+        weight, form = self.objective.prior_weight, self.objective.prior_form
+        if weight is None or form == "group":
             return 0.0, {}
-        value, count = prior_sum(state.router_logits, old, self.objective.prior_form), old.sum()
+        value, count = prior_sum(state.router_logits, old, form), old.sum()
+        return weight * value / _step_count(total, count), {"prior": (value, count)}
+
+    def _group_prior(
+        self, state: RoutingState, mask: Tensor, old: Tensor, group: Tensor | None, total: Tensor | int | None
+    ) -> tuple[Tensor | float, Parts]:
+        weight = self.objective.prior_weight
+        if weight is None or group is None or self.objective.prior_form != "group":
+            return 0.0, {}
+        groups = group[:, None].expand_as(mask).masked_fill(old, OLD_GROUP)
+        value, count = group_prior_sum(state.router_logits, self._sizes, groups, mask), mask.sum()
         return weight * value / _step_count(total, count), {"prior": (value, count)}
 
     def _classifier(

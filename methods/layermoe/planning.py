@@ -52,7 +52,7 @@ def describe_run(config: LayerMoEConfig, context: PlanContext) -> list[PlanSecti
     return [
         PlanSection("model", tuple(_model_rows(config, facts, layout))),
         PlanSection("languages", texts),
-        *(expansions if config.strategy in EXPANDING else []),
+        *expansions,
         PlanSection("stages", (*stages, ("memory a worker", memory))),
     ]
 
@@ -182,6 +182,8 @@ def _expansions(
     from tenfold.methods.layermoe.planned_similarity import cached_similarity
     from tenfold.methods.layermoe.sizes import shape_of
 
+    if config.strategy == "llama_pro":
+        return _deeper(config, model, facts)
     if config.strategy not in EXPANDING:
         return [], _memory(facts.num_parameters, _trained_whole(config, model, facts), facts, config)
     shape, memory = shape_of(model), [] if config.base_training is None else [(facts.num_parameters,) * 2]
@@ -205,6 +207,27 @@ def _expansions(
         shape = grown.shape
     largest = max(memory, key=lambda pair: 4 * pair[0] + ADAM * pair[1])
     return sections, _memory(*largest, facts, config)
+
+
+def _deeper(config: LayerMoEConfig, model: Any, facts: ModelFacts) -> tuple[list[PlanSection], str]:
+    """Return the section of llama_pro, and an estimate of the memory of the largest training."""
+    from tenfold.methods.layermoe.insertion import deepened, places_of
+    from tenfold.methods.layermoe.sizes import copied_parameters
+
+    deepened(model.config)
+    places = places_of(facts.num_layers, config.inserted_layers)
+    added = copied_parameters(model, places)
+    total = facts.num_parameters + added
+    told = ", ".join(map(str, places))
+    rows = (
+        ("layers", f"{len(places)} copies, behind layers {told}; {facts.num_layers + len(places)} afterwards"),
+        ("parameters", f"{total:,}, {added:,} of them added"),
+        ("active", f"{total:,} for a token"),
+        ("trained", f"{added:,}"),
+    )
+    trainings = [(total, added)] if config.base_training is None else [(facts.num_parameters,) * 2, (total, added)]
+    largest = max(trainings, key=lambda pair: 4 * pair[0] + ADAM * pair[1])
+    return [PlanSection("expansion", rows)], _memory(*largest, facts, config)
 
 
 def _growth(options: LayerMoEConfig, shape: Shape, measured: Similarity | None, seed: int) -> _Growth:

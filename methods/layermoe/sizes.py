@@ -1,4 +1,4 @@
-"""How many parameters an expansion adds, trains and uses, from a model's shape alone."""
+"""How many parameters an expansion or copies of layers add, train and use, from a model's shape alone."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ class Shape:
     def trained(self, new: Sequence[int]) -> int:
         """Return the parameters that stage 1 trains after this shape was expanded by `new`: new experts, routers."""
         return sum(size * added for size, added in zip(self.ffn, new, strict=True)) + self.routers(self.totals)
+
+
+def copied_parameters(model: Any, places: Sequence[int]) -> int:
+    """Return the parameters of copies of some decoder layers of a model, which may be on the meta device."""
+    from tenfold.methods.layermoe.modeling import decoder_layers
+
+    layers = decoder_layers(model)
+    return sum(parameter.numel() for place in places for parameter in layers[place].parameters())
 
 
 def shape_of(model: Any) -> Shape:

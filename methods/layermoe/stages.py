@@ -105,10 +105,12 @@ def experts_stage(
     *,
     shared: bool,
 ) -> Stage:
-    """Return stage 1, or the training that stands in its place for full_ft and lora.
+    """Return stage 1, or the training that stands in its place for full_ft, lora and llama_pro.
 
     What decides is named one by one: layermoe and moe_lpr with the same counts are the same stage.
     """
+    from tenfold.methods.layermoe.insertion import places_of
+
     kind = "experts" if options.strategy in EXPANDING else options.strategy
     digest, texts = source_digest(source), _texts(options, "new", "evaluation")
     decides = {
@@ -127,7 +129,11 @@ def experts_stage(
         }
     if options.strategy == "lora":
         decides["lora"] = options.lora.model_dump(mode="json")
-    job = Job(kind, options, source, options.stage1, digest, texts, assignment)
+    places: list[int] = []
+    if options.strategy == "llama_pro":
+        places = places_of(len(layout(source).totals), options.inserted_layers)
+        decides["copied_layers"] = places
+    job = Job(kind, options, source, options.stage1, digest, texts, assignment, tuple(places))
     return Stage(f"{kind}{ending}", decides, partial(train, job), shared=shared)
 
 

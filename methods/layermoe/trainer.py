@@ -12,6 +12,7 @@ from tenfold.methods.layermoe.config import LayerMoEConfig
 from tenfold.methods.layermoe.corpora import Corpus, group_of_language, languages_of, lines_by_language
 from tenfold.methods.layermoe.evaluation import line_rows
 from tenfold.methods.layermoe.expansion import trainable
+from tenfold.methods.layermoe.insertion import train_copies
 from tenfold.methods.layermoe.modeling import blocks_of, layout_of
 from tenfold.methods.layermoe.module import ExpansionModule, Objective, old_tokens
 from tenfold.methods.layermoe.packing import BlockCollator, packed_blocks
@@ -24,7 +25,7 @@ from tenfold.platform.training.step_trainer import Batches, StepTrainer
 from tenfold.platform.training.trainer import Trainer, perplexity_metrics
 from tenfold.platform.training.worker import WorkerContext
 
-Stage = Literal["base", "experts", "review", "full_ft", "lora"]
+Stage = Literal["base", "experts", "review", "full_ft", "lora", "llama_pro"]
 Row = dict[str, Any]
 
 
@@ -37,23 +38,25 @@ class ExpansionTrainer(StepTrainer):
     evaluated: ClassVar[tuple[str, ...]] = ("nll", "num_labels", "language")
 
     def prepare_step(self, batches: Batches) -> Batches:
-        """Give the batches of a review the old tokens and the sequences of the step, on all ranks."""
+        """Give the batches of a review the old and real tokens and the sequences of the step, on all ranks."""
         if not batches or not self.model.objective.reads_groups:
             return batches
         # integers: the Trainer rounds other numbers of a batch to the model's dtype
-        own = torch.zeros(2, dtype=torch.int64, device=self.args.device)
+        own = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         for batch in batches:
             old = old_tokens(batch["attention_mask"], batch["group"], batch.get("old_mask"))
-            own += torch.stack([old.sum(), torch.tensor(len(old), device=old.device)]).to(own.device)
-        num_old_tokens, num_sequences = self.accelerator.reduce(own, reduction="sum")
-        return [{**batch, "num_old_tokens": num_old_tokens, "num_sequences": num_sequences} for batch in batches]
+            counts = [old.sum(), batch["attention_mask"].sum(), torch.tensor(len(old), device=old.device)]
+            own += torch.stack(counts).to(own.device)
+        counted = self.accelerator.reduce(own, reduction="sum")
+        names = ("num_old_tokens", "num_real_tokens", "num_sequences")
+        return [{**batch, **dict(zip(names, counted, strict=True))} for batch in batches]
 
 
 def build_trainer(context: WorkerContext) -> Trainer:
     """Load model and data on this worker and put them into a Trainer.
 
     `context.config` has the method's options under `layermoe`, the `stage`, and the source of the `model` that it
-    trains; for `experts` and `review` an expanded one.
+    trains; for `experts` and `review` an expanded one, for `llama_pro` one with `copies` of layers.
 
     Raises:
         ModelError: the model does not fit the stage.
@@ -64,7 +67,7 @@ def build_trainer(context: WorkerContext) -> Trainer:
     source = ModelSource.model_validate(payload["model"])
     tokenizer = load_tokenizer(source)
     model = load_causal_lm(source, seed=context.seed, dtype="float32")
-    choose_weights(model, config, stage, seed=context.seed)
+    choose_weights(model, config, stage, seed=context.seed, copies=payload.get("copies", ()))
     groups = group_of_language(config.data, earlier_expansions(model.config, stage))
     held_out = evaluated_languages(config, stage)
     return ExpansionTrainer(
@@ -79,14 +82,23 @@ def build_trainer(context: WorkerContext) -> Trainer:
     )
 
 
-def choose_weights(model: Any, config: LayerMoEConfig, stage: Stage, *, seed: int) -> None:
+def choose_weights(model: Any, config: LayerMoEConfig, stage: Stage, *, seed: int, copies: Sequence[int] = ()) -> None:
     """Let what a stage trains require gradients, and nothing else.
+
+    Args:
+        model: changed.
+        config: the method's options.
+        stage: what is trained.
+        seed: decides the adapter of lora.
+        copies: the layers that llama_pro trains.
 
     Raises:
         ModelError: the stage trains experts, and the model has none.
     """
     if stage == "lora":
         add_adapter(model, config.lora, seed=seed)
+    elif stage == "llama_pro":
+        train_copies(model, copies)
     elif stage == "review":
         trainable(model, 2)
     elif stage == "experts" and config.strategy != "moe":

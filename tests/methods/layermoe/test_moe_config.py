@@ -47,6 +47,7 @@ def test_defaults_are_those_of_the_official_scripts():
         ({"strategy": "moe_lpr", "classifier": {"layers": [1]}}, "classifier.layers is read by layermoe"),
         ({"strategy": "mola", "allocation": {"explicit": [2, 2]}}, "allocation.explicit is read by layermoe"),
         ({"lora": {"r": 4}}, "lora is read by strategy lora; strategy = layermoe"),
+        ({"inserted_layers": 4}, "inserted_layers is read by strategy llama_pro; strategy = layermoe"),
         ({"strategy": "full_ft", "lifelong": [{"new": corpora("bn")}]}, "strategy = full_ft adds none"),
         ({"lifelong": [{"new": corpora("en")}]}, "en in both old and new"),
         ({"lifelong": [{"new": corpora("bn")}, {"new": corpora("bn")}]}, "bn in both new and earlier"),
@@ -61,7 +62,7 @@ def test_what_cannot_be_meant_is_refused_with_a_reason(changes, said):
 
 
 def test_options_of_several_strategies_may_stand_side_by_side_for_a_sweep():
-    for strategy in ("layermoe", "moe_lpr", "mola", "moe", "full_ft", "lora", "base"):
+    for strategy in ("layermoe", "moe_lpr", "mola", "moe", "full_ft", "lora", "llama_pro", "base"):
         made(strategy=strategy, allocation={"total_experts": 18, "uniform": 4}, classifier={"layers": []})
 
 

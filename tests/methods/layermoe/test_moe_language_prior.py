@@ -4,7 +4,14 @@ import math
 
 import pytest
 import torch
-from tenfold.methods.layermoe.language_prior import base_probability, layer_weights, prior_sum, token_prior
+from tenfold.methods.layermoe.language_prior import (
+    base_probability,
+    group_prior_sum,
+    layer_weights,
+    own_experts,
+    prior_sum,
+    token_prior,
+)
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 
@@ -126,3 +133,43 @@ def test_the_probability_of_the_original_ffn_is_a_mean_over_layers():
 def test_a_model_without_routers_is_refused():
     with pytest.raises(ValueError, match="no layer has a router"):
         prior_sum({}, ONE)
+
+
+class TestGroups:
+    """The form for later expansions: tokens of every group prefer their own experts."""
+
+    groups = torch.tensor([[0, 1, 2, 0], [1, 2, 2, 1]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
+
+    def test_a_group_owns_what_its_expansion_added(self):
+        found = own_experts(torch.tensor([[0, 1, 2]]), [2, 1])
+        assert found.dtype == torch.bool  # integers would index rows 0 and 1
+        assert found[0].tolist() == [[True, False, False, False], [False, True, True, False], [False] * 3 + [True]]
+
+    def test_it_agrees_with_loops_where_layers_have_different_numbers(self):
+        sizes = {0: [1, 2], 3: [2, 0], 4: [0, 1]}
+        logits = {layer: drawn(2, 4, 1 + sum(own), seed=layer) for layer, own in sizes.items()}
+        expected = 0.0
+        for layer, (first, second) in sizes.items():
+            own = {0: [0], 1: range(1, 1 + first), 2: range(1 + first, 1 + first + second)}
+            for b, t in self.mask.nonzero().tolist():
+                scores = logits[layer][b, t].double()
+                chances = [math.exp(score) / sum(math.exp(other) for other in scores) for score in scores]
+                expected -= sum(math.log(chances[e]) for e in own[int(self.groups[b, t])]) / len(sizes)
+        assert group_prior_sum(logits, sizes, self.groups, self.mask).item() == pytest.approx(expected, rel=1e-5)
+
+    def test_of_old_tokens_alone_it_is_the_plain_form(self):
+        logits, old = {0: drawn(2, 4, 3), 1: drawn(2, 4, 2, seed=1)}, torch.zeros_like(self.groups)
+        found = group_prior_sum(logits, {0: [1, 1], 1: [1, 0]}, old, self.mask)
+        assert found.item() == pytest.approx(prior_sum(logits, self.mask).item(), rel=1e-6)
+
+    def test_padding_and_tokens_without_experts_get_no_gradient(self):
+        logits = drawn(2, 4, 2).requires_grad_()
+        group_prior_sum({0: logits}, {0: [1, 0]}, self.groups, self.mask).backward()
+        counts = self.mask & (self.groups < 2)
+        assert logits.grad[~counts].abs().max() == 0
+        assert logits.grad[counts].abs().min() > 0
+
+    def test_a_model_without_routers_is_refused(self):
+        with pytest.raises(ValueError, match="no layer has a router"):
+            group_prior_sum({}, {}, self.groups, self.mask)

@@ -1,6 +1,7 @@
 """The module of an expansion against a slow forward pass, its exactness over pieces, and what gets a gradient."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from tenfold.methods.layermoe.expansion import attach_classifiers, expand, trainable
 from tenfold.methods.layermoe.modeling import blocks_of
 from tenfold.methods.layermoe.module import ExpansionModule, Objective, old_tokens
+from tenfold.methods.layermoe.state import collecting
 from torch import nn
 
 NEW = [3, 0, 1, 2]  # new experts of each layer; layer 1 stays dense
@@ -223,6 +225,26 @@ def test_the_review_differs_from_next_token_loss_by_both_of_its_terms(classified
     assert abs(prior - official) > 1e-3
 
 
+def test_by_groups_the_prior_is_about_every_real_token(expanded, batch):
+    module = module_of(expanded, Objective(prior_weight=0.1, prior_form="group"))
+    found = module(**batch)
+    with collecting(module.exported) as state:
+        module.exported(batch["input_ids"], attention_mask=batch["attention_mask"])
+    expected = []
+    for logits in state.router_logits.values():
+        costs = -logits.log_softmax(-1)
+        # one expansion: all but the original FFN are its
+        own = torch.where(batch["group"][:, None] == 0, costs[..., 0], costs[..., 1:].sum(-1))
+        expected.append((own * batch["attention_mask"]).sum())
+    value, count = found["statistics"]["prior"]
+    assert count == batch["attention_mask"].sum()
+    assert value.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+    ntp = found["statistics"]["ntp"][0] / found["statistics"]["ntp"][1]
+    assert found["loss"].item() == pytest.approx((ntp + 0.1 * value / count).item(), rel=1e-5)
+    marked = module(**batch, old_mask=torch.ones_like(batch["attention_mask"]).bool())
+    assert marked["statistics"]["prior"][0] != value  # tokens of an old language inside a new one's block
+
+
 def test_no_old_token_means_no_prior_but_a_gradient(classified, batch):
     new = part(batch, batch["group"] > 0)
     module = module_of(classified, Objective(prior_weight=0.1))
@@ -248,17 +270,21 @@ def test_the_gradient_of_the_prior_does_not_depend_on_new_tokens(classified, bat
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("sizes", [(1,) * 6, (2, 2, 2), (1, 5), (4, 2)])
-def test_pieces_with_the_counts_of_the_step_add_up_to_one_big_batch(classified, batch, sizes):
-    whole = module_of(classified, REVIEW)
+@pytest.mark.parametrize(
+    ("sizes", "form"), [((1,) * 6, "nll"), ((2, 2, 2), "nll"), ((1, 5), "nll"), ((4, 2), "nll"), ((4, 2), "group")]
+)
+def test_pieces_with_the_counts_of_the_step_add_up_to_one_big_batch(classified, batch, sizes, form):
+    review = replace(REVIEW, prior_form=form)
+    whole = module_of(classified, review)
     loss = whole(**batch)["loss"]
     loss.backward()
     counts = {
         "num_items_in_batch": (batch["labels"][:, 1:] != NO).sum(),
         "num_old_tokens": old_tokens(batch["attention_mask"], batch["group"]).sum(),
+        "num_real_tokens": batch["attention_mask"].sum(),
         "num_sequences": torch.tensor(6),
     }
-    split, total, sums = module_of(classified, REVIEW), 0.0, {}
+    split, total, sums = module_of(classified, review), 0.0, {}
     for rows in torch.arange(6).split(list(sizes)):
         found = split(**part(batch, rows), **counts)
         found["loss"].backward()

@@ -265,6 +265,19 @@ def test_competitors_without_experts_have_a_plan_without_them(options, context, 
     assert next(iter(rows_of(sections, "stages"))) == ("evaluation" if strategy == "base" else strategy)
 
 
+def test_llama_pro_has_a_plan_with_the_copies(options, context, tiny_model_folder):
+    config = options(strategy="llama_pro", model={"model": str(tiny_model_folder)}, inserted_layers=1)
+    sections = describe_run(config, context)
+    assert [section.title for section in sections] == ["model", "languages", "expansion", "stages"]
+    grown, added = rows_of(sections, "expansion"), 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
+    assert grown["layers"] == "1 copies, behind layers 1; 3 afterwards"
+    assert grown["parameters"].endswith(f"{added:,} of them added")
+    assert grown["trained"] == f"{added:,}"
+    assert list(rows_of(sections, "stages")) == ["llama_pro", "memory a worker"]
+    with pytest.raises(ConfigError, match="inserted_layers = 3: the model has 2 layers"):
+        describe_run(config.model_copy(update={"inserted_layers": 3}), context)
+
+
 def test_few_shot_translation_needs_sacrebleu_and_examples(options, context, text, monkeypatch):
     asked = {"translation": {"examples": text("en", "el"), "pivot": "en"}}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

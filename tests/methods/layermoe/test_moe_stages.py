@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from tenfold.methods.layermoe.config import LayerMoEConfig
 from tenfold.methods.layermoe.method import LayerMoE
 from tenfold.methods.layermoe.modeling import layout_of
@@ -242,6 +243,26 @@ def test_competitors_without_experts_go_through_the_same_measures(make_context, 
     assert (outcome.model is None) == (strategy == "base")
     if strategy == "base":
         assert outcome.metrics["eval/forgetting"] == outcome.metrics["eval/plasticity"] == 0
+
+
+def test_llama_pro_trains_copies_of_layers_and_leaves_a_plain_model(make_context, options):
+    context = make_context()
+    outcome = LayerMoE().run(options(strategy="llama_pro"), context)
+    assert context.log[:2] == ["start_piece", "llama_pro"]
+    # one copy of the two layers: 4 matrices of the attention, 3 of the FFN, 2 norms
+    assert outcome.metrics["eval/added_parameters"] == 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
+    place = Path(context.storage.local_path(outcome.model))
+    assert read_manifest(place).flavor == "causal-lm"
+    made, base = load_causal_lm(ModelSource(model=str(place))), load_causal_lm(options().model)
+    assert made.config.model_type == base.config.model_type
+    before, after = base.state_dict(), made.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    copied = {name: weight for name, weight in after.items() if name not in before}
+    assert len(copied) == 9
+    assert copied["model.layers.2.self_attn.o_proj.weight"].abs().sum() > 0  # no longer zero: it was trained
+    again = make_context("two")
+    grow(options(strategy="llama_pro", inserted_layers=2), again)
+    assert again.log == ["start_piece", "llama_pro"]
 
 
 def test_a_trial_of_a_sweep_reports_what_is_compared(make_context, options):

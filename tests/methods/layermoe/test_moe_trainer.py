@@ -234,6 +234,7 @@ def test_the_counts_of_a_step_are_integers_over_all_its_batches(build, text):
     for batch in batches:
         assert int(batch["num_sequences"]) == 6
         assert int(batch["num_old_tokens"]) == 16 * old
+        assert int(batch["num_real_tokens"]) == 16 * 6
         assert not any(torch.is_floating_point(value) for value in batch.values())
     assert trainer.prepare_step([]) == []
 
@@ -244,7 +245,8 @@ def test_the_counts_of_a_step_are_summed_over_ranks(build, text, monkeypatch):
     old, new = ([place for place, group in enumerate(rows["group"]) if group == one] for one in (0, 1))
     batch = trainer.data_collator([rows[place] for place in [*old[:2], *new[:3]]])
     alone, asked = trainer.prepare_step([batch])[0], []
-    assert [int(alone[name]) for name in ("num_old_tokens", "num_sequences")] == [2 * 16, 5]
+    names = ("num_old_tokens", "num_real_tokens", "num_sequences")
+    assert [int(alone[name]) for name in names] == [2 * 16, 5 * 16, 5]
 
     def as_on_two_ranks(tensor, reduction):
         asked.append(reduction)
@@ -253,7 +255,7 @@ def test_the_counts_of_a_step_are_summed_over_ranks(build, text, monkeypatch):
     monkeypatch.setattr(trainer.accelerator, "reduce", as_on_two_ranks)
     both = trainer.prepare_step([batch])[0]
     assert asked == ["sum"]
-    for name in ("num_old_tokens", "num_sequences"):
+    for name in names:
         assert both[name] == 2 * alone[name]
 
 
