@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint postgres
 
 setup: .venv/ready
 
@@ -28,5 +28,15 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup
+# The tests of tracking start a PostgreSQL of their own; Debian's package shall not (RUNLEVEL=1).
+postgres:
+	@ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && \
+		RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends postgresql; \
+	else \
+		echo "no PostgreSQL server (Debian: apt-get install postgresql): its tests are skipped"; \
+	fi
+
+test: setup postgres
 	$(BIN)/python -m pytest

@@ -302,7 +302,8 @@ def start_tracker(
         parent: MLflow run above it.
     """
     experiment = loaded.experiment
-    check_tracking(uri)
+    if parent is None:  # a trial's sweep has used the store already; while it is away the trial waits
+        check_tracking(uri)
     tracker = Tracker.start(
         uri,
         experiment.tracking.experiment or experiment.method,

@@ -6,6 +6,7 @@ and sent in order when MLflow is back. Attaching again after a restart goes on w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -19,15 +20,27 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tenfold.platform.deadline import run_with_deadline
 from tenfold.platform.errors import TrackingError
-from tenfold.platform.tracking_delivery import MAX_TAG_CHARACTERS, batches, cut, deliver, describe, is_refusal, single
+from tenfold.platform.tracking_delivery import (
+    MAX_TAG_CHARACTERS,
+    batches,
+    cut,
+    deliver,
+    describe,
+    is_refusal,
+    single,
+    storable,
+)
 from tenfold.platform.tracking_spool import Spool
 from tenfold.platform.tracking_store import (
+    PATIENCE_SECONDS,
+    PAUSE_SECONDS,
     START_SECONDS,
     absolute_uri,
     check_tracking,
     one_line,
     open_run,
     set_short_timeouts,
+    until_answered,
     without_password,
 )
 
@@ -45,6 +58,7 @@ CALL_SECONDS = 4.5  # longest wait inside a training step; SQLite alone would wa
 FINISH_SECONDS = 30.0
 MIN_CALL_SECONDS = 0.5  # with less time left no request is begun
 RETRY_SECONDS = 15.0  # pause after a failure before MLflow is asked again
+MAX_ARTIFACT_BYTES = 64 * 2**20  # a slow link must carry it within FINISH_SECONDS
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,7 @@ class Tracker:
             return str(client.get_experiment(client.get_run(self.run_id).info.experiment_id).name)
 
         try:
-            name = run_with_deadline(experiment, START_SECONDS, "asking MLflow for the experiment")
+            name = until_answered(self.uri, experiment, PATIENCE_SECONDS, "asking MLflow for the experiment")
         except Exception as error:
             raise TrackingError(
                 f"tracking.uri = {without_password(self.uri)!r}: cannot open a run below {self.run_id}: "
@@ -174,7 +188,7 @@ class Tracker:
         Args:
             flat: dotted key -> value; values are logged as text.
         """
-        values = {key: str(value) for key, value in flat.items()}
+        values = {key: storable(str(value)) for key, value in flat.items()}
         limited = {key: cut(value) for key, value in values.items()}
         self._submit({"op": "params", "params": limited})
         if limited != values:
@@ -202,7 +216,7 @@ class Tracker:
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; an earlier value is replaced. Values are text of at most 5,000 characters, longer ones are cut."""
-        limited = {key: cut(str(value), MAX_TAG_CHARACTERS, "cut") for key, value in tags.items()}
+        limited = {key: cut(storable(str(value)), MAX_TAG_CHARACTERS, "cut") for key, value in tags.items()}
         self._submit({"op": "tags", "tags": limited})
 
     def log_text(self, text: str, artifact_file: str) -> None:
@@ -210,7 +224,7 @@ class Tracker:
         path = Path(artifact_file)
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / path.name
-            source.write_text(text, encoding="utf-8")
+            source.write_text(text, encoding="utf-8", errors="backslashreplace")
             self._submit_artifact(source, path.parent.as_posix())
 
     def log_dict(self, content: Mapping[str, Any] | Sequence[Any], artifact_file: str) -> None:
@@ -218,7 +232,7 @@ class Tracker:
         self.log_text(json.dumps(content, indent=2, default=str), artifact_file)
 
     def log_file(self, path: str | Path, artifact_path: str = "") -> None:
-        """Store a small file as an artifact in the folder `artifact_path`; models are logged as pointers."""
+        """Store a file of at most 64 MiB in the artifacts' folder `artifact_path`; models are logged as pointers."""
         self._submit_artifact(Path(path), artifact_path)
 
     def log_figure(self, name: str, figure: Figure) -> None:
@@ -251,12 +265,21 @@ class Tracker:
         tags = {"tenfold.model": folder_uri, "tenfold.model_digest": digest, "tenfold.flavor": flavor}
         self.set_tags({**tags, "tenfold.parents": json.dumps(list(parents))})
 
-    def flush(self, seconds: float = FINISH_SECONDS) -> int:
-        """Try once more to send what is kept, as workers do at their end; returns the number of unsent records."""
+    def flush(self, seconds: float | None = None) -> int:
+        """Send what is kept, as workers do at their end; returns the number of unsent records.
+
+        Args:
+            seconds: longest time to go on trying while a server is away or too busy; default `FINISH_SECONDS`.
+        """
+        end = time.monotonic() + (FINISH_SECONDS if seconds is None else seconds)
         with self._lock:
-            self._retry_at = -math.inf
-            self._drain(seconds)
-            return len(self._spool.unsent())
+            while True:
+                self._retry_at = -math.inf
+                self._drain(end - time.monotonic())
+                unsent = len(self._spool.unsent())
+                if not unsent or time.monotonic() + PAUSE_SECONDS > end:
+                    return unsent
+                time.sleep(PAUSE_SECONDS)
 
     def finish(self, status: Status) -> None:
         """End the run: last attempt to send what is kept, then the status; says what is still unsent and where."""
@@ -265,7 +288,8 @@ class Tracker:
         where = without_password(self.uri)
         if unsent:
             logger.warning(
-                "MLflow (%s) did not get %d records of run %s. They are kept in %s and sent when the run is resumed",
+                "MLflow (%s) did not get %d records of run %s. They are kept in %s and sent when the run is resumed "
+                "or evaluated again",
                 where,
                 unsent,
                 self.run_id,
@@ -290,6 +314,16 @@ class Tracker:
         return self._client_made
 
     def _submit_artifact(self, source: Path, folder: str) -> None:
+        with contextlib.suppress(OSError):  # a file that is gone is refused below, with its reason
+            size = source.stat().st_size
+            if size > MAX_ARTIFACT_BYTES:
+                logger.warning(
+                    "%s has %d bytes, MLflow gets files up to %d: left out. It would hold up all that comes after it",
+                    source,
+                    size,
+                    MAX_ARTIFACT_BYTES,
+                )
+                return
         self._submit({"op": "artifact", "folder": "" if folder == "." else folder}, source)
 
     def _submit(self, record: dict[str, Any], source: Path | None = None) -> None:

@@ -110,6 +110,11 @@ def describe(record: dict[str, Any]) -> str:
     return f"{record['op']} {', '.join(content) if isinstance(content, dict) else content}"
 
 
+def storable(value: str) -> str:
+    """Return text that every database takes: PostgreSQL refuses NUL, and UTF-8 has no half characters."""
+    return value.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def cut(value: str, limit: int = MAX_PARAM_CHARACTERS, note: str = "see params.json") -> str:
     """Return the value, or its beginning and how long it was."""
     if len(value) <= limit:

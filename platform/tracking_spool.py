@@ -7,6 +7,7 @@ have been sent. So any process can append at any time with a single write, and o
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -58,6 +59,9 @@ class Spool:
         line = (json.dumps(record) + "\n").encode("utf-8")
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            # Over NFS two nodes that append at once would write to the same place; the lock falls with the descriptor.
+            with contextlib.suppress(OSError):
+                fcntl.lockf(descriptor, fcntl.LOCK_EX)
             if os.write(descriptor, line) != len(line):
                 raise OSError(f"{self.path}: the record was cut, the disk may be full")
         finally:

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import re
 import socket
 import sqlite3
 import tempfile
+import time
 import urllib.parse
 import urllib.request
+import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tenfold.platform.deadline import run_with_deadline
 from tenfold.platform.errors import TrackingError
 from tenfold.platform.paths import expanded
+from tenfold.platform.tracking_delivery import is_refusal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 CONNECT_SECONDS = 4.0
 ANSWER_SECONDS = 5.0
 LOCK_SECONDS = 5.0
 START_SECONDS = 60.0  # making a new database takes several seconds
+PATIENCE_SECONDS = 300.0  # for a server that is restarted while trials and stages of a long run begin
+PAUSE_SECONDS = 1.0  # between two tries
+LATE_SECONDS = 10.0  # a server may still carry out a request whose answer we no longer wait for
+OPENED_TAG = "tenfold.opened"
+DATABASES = ("postgresql", "mysql", "mssql")
 SQLITE_ADVICE = "Use a database file (tracking.uri=sqlite:///mlflow.db) or a server (tracking.uri=http://HOST:5000)"
 
 
@@ -104,6 +118,12 @@ def check_tracking(uri: str) -> None:
         raise TrackingError(f"{shown}: a database in memory is not seen by the workers. {SQLITE_ADVICE}")
     elif (folder := file_store_path(uri)) is not None:
         _check_file_store(folder, shown)
+    elif uri.startswith(DATABASES):
+        raise TrackingError(
+            f"{shown}: every worker would hold connections to the database and put artifacts into a folder of its "
+            "own. Start mlflow server --backend-store-uri with this address and --artifacts-destination, and give "
+            "tracking.uri=http://HOST:5000"
+        )
     else:
         _check_server(uri, shown)
 
@@ -190,6 +210,37 @@ def _knock(address: tuple[str, int]) -> None:
         pass
 
 
+def until_answered(uri: str, function: Callable[[], Result], seconds: float, what: str) -> Result:
+    """Run a function of an MLflow client, and again while a server is away or too busy to answer.
+
+    Args:
+        uri: the store; only with a server is there anything to wait for.
+        function: called without arguments, possibly several times.
+        seconds: longest wait in all.
+        what: names the work in errors.
+
+    Raises:
+        Exception: the last error, when the time is over; what the server refuses, at once.
+    """
+    end, said = time.monotonic() + seconds, False
+    while True:
+        try:
+            return run_with_deadline(function, max(end - time.monotonic(), PAUSE_SECONDS), what)
+        except Exception as error:
+            final = isinstance(error, TrackingError) or is_refusal(error) or _is_unknown_here(error)
+            if final or not uri.startswith("http") or time.monotonic() + PAUSE_SECONDS > end:
+                raise
+            if not said:
+                shown = without_password(uri)
+                logger.warning("%s: MLflow (%s) does not answer: %s. Trying for %g s", what, shown, error, seconds)
+                said = True
+        time.sleep(PAUSE_SECONDS)
+
+
+def _is_unknown_here(error: Exception) -> bool:
+    return getattr(error, "error_code", "") in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
+
+
 def open_run(
     uri: str,
     experiment: str,
@@ -200,7 +251,8 @@ def open_run(
 ) -> str:
     """Create a run (and its experiment), or make sure that an earlier one is there; returns its id.
 
-    See `Tracker.start` for the arguments.
+    However often a busy server has to be asked, it ends up with one run. A run below another one belongs to work that
+    has begun: it waits `PATIENCE_SECONDS` for the server, others `START_SECONDS`. Arguments: see `Tracker.start`.
 
     Raises:
         TrackingError: MLflow cannot be used, or the run or experiment is missing or deleted.
@@ -209,23 +261,34 @@ def open_run(
     database = sqlite_path(uri)
     if database is not None:
         artifact_root = artifact_root or (database.parent / "mlartifacts").as_uri()
+    tags = {"mlflow.user": _user(), "mlflow.source.name": "tenfold", OPENED_TAG: uuid.uuid4().hex}
+    if parent_run_id is not None:
+        tags["mlflow.parentRunId"] = parent_run_id
+    asked: float | None = None
 
     def open_it() -> str:
+        nonlocal asked
         from mlflow import MlflowClient
 
         client = MlflowClient(uri)
         if run_id is not None:
             return _existing_run(client, run_id)
-        tags = {"mlflow.user": _user(), "mlflow.source.name": "tenfold"}
-        if parent_run_id is not None:
-            tags["mlflow.parentRunId"] = parent_run_id
         owner = _experiment_id(client, experiment, artifact_root)
+        while asked is not None:  # an earlier try may have made it, or may still do so
+            found = client.search_runs([owner], f"tags.`{OPENED_TAG}` = '{tags[OPENED_TAG]}'", max_results=1)
+            if found:
+                return found[0].info.run_id
+            if time.monotonic() > asked + LATE_SECONDS:
+                break
+            time.sleep(PAUSE_SECONDS)
+        asked = time.monotonic()
         return client.create_run(owner, run_name=run_name, tags=tags).info.run_id
 
     try:
         if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
-        return run_with_deadline(open_it, START_SECONDS, "opening the MLflow run")
+        seconds = START_SECONDS if parent_run_id is None else PATIENCE_SECONDS
+        return until_answered(uri, open_it, seconds, "opening the MLflow run")
     except TrackingError:
         raise
     except Exception as error:

@@ -10,12 +10,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two tests run at a time
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # every report waits for it; Ray's default is 2
 
+import contextlib
 import functools
 import gc
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +132,50 @@ def free_port():
             return probe.getsockname()[1]
 
     return find
+
+
+class MLflowServer:
+    """An MLflow server of this machine, with all its processes.
+
+    Args:
+        folder: for artifacts and its log.
+        port: on the loopback interface.
+        store: URI of its database.
+        workers: processes that answer.
+    """
+
+    def __init__(self, folder: Path, port: int, store: str, workers: int = 1) -> None:
+        command = [
+            str(Path(sys.executable).parent / "mlflow"),
+            "server",
+            f"--backend-store-uri={store}",
+            f"--artifacts-destination={folder}/artifacts",
+            "--host=127.0.0.1",
+            f"--port={port}",
+            f"--workers={workers}",
+        ]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        end = time.monotonic() + 180
+        while time.monotonic() < end and self._process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                return
+            time.sleep(0.1)
+        self.kill()
+        raise RuntimeError(f"the MLflow server did not start: {(folder / 'server.log').read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """End it as a lost machine would."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server():
+    """Return the class of a server that answers on loopback once it is made: mlflow_server(folder, port, store)."""
+    return MLflowServer
 
 
 @pytest.fixture(scope="module")

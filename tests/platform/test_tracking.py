@@ -1,12 +1,8 @@
 import json
 import logging
 import math
-import os
 import pickle
-import signal
-import socket
 import sqlite3
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -211,8 +207,9 @@ def test_the_next_call_after_the_pause_sends_what_was_kept(tracker, client, stor
 
 
 def test_what_stays_unsent_is_said_at_the_end_with_the_file_and_sent_on_resume(
-    client, store, tmp_path, caplog, free_port
+    client, store, tmp_path, caplog, free_port, monkeypatch
 ):
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
     spool = tmp_path / "spool.jsonl"
     owner = Tracker.start(store, "tests", "unlucky", spool=tmp_path / "owner.jsonl")
     away = Tracker.attach(f"http://127.0.0.1:{free_port()}", owner.run_id, spool)
@@ -234,7 +231,7 @@ def test_an_unwritable_spool_moves_to_the_temporary_folder(tmp_path, monkeypatch
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     away = Tracker.attach(f"http://127.0.0.1:{free_port()}", "ab12", Path("/proc/tenfold/spool.jsonl"))
     away.log_metrics({"loss": 1.0}, 1)
-    assert away.flush() == 1
+    assert away.flush(1.0) == 1
     assert (tmp_path / "tenfold-ab12.jsonl").exists()
     assert "/proc/tenfold" in caplog.text
 
@@ -288,53 +285,22 @@ def test_neighbouring_metric_records_share_a_request_up_to_its_limit():
     assert [[one.end for one in batch] for batch in batches(kept)] == [[600, 300], [200], [0], [1]]
 
 
-def wait_for_port(port: int, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(f"nothing listens on port {port}")
-
-
-def serve(folder: Path, port: int, store: str) -> subprocess.Popen:
-    command = [
-        str(Path(sys.executable).parent / "mlflow"),
-        "server",
-        f"--backend-store-uri={store}",
-        f"--artifacts-destination={folder}/artifacts",
-        "--host=127.0.0.1",
-        f"--port={port}",
-        "--workers=1",
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    wait_for_port(port)
-    return process
-
-
-def stop(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
-def test_a_server_that_is_killed_and_comes_back_has_everything_in_order(tmp_path, caplog, free_port, tracking_uri):
+def test_a_server_that_is_killed_and_comes_back_has_everything_in_order(
+    tmp_path, caplog, free_port, tracking_uri, mlflow_server
+):
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
 
     caplog.set_level(logging.INFO, logger="tenfold")
     port = free_port()
     uri, own_store = f"http://127.0.0.1:{port}", tracking_uri(tmp_path)
-    server = serve(tmp_path, port, own_store)
+    server = mlflow_server(tmp_path, port, own_store)
     try:
         check_tracking(uri)
         tracker = Tracker.start(uri, "outage", "run", spool=tmp_path / "spool.jsonl")
         tracker.log_metrics({"loss": 0.0, "bad": math.inf, "nan": math.nan}, 0)
-        stop(server)
+        server.kill()
         begin = time.monotonic()
         for step in range(1, 30):
             tracker.log_metrics({"loss": float(step)}, step)
@@ -342,7 +308,7 @@ def test_a_server_that_is_killed_and_comes_back_has_everything_in_order(tmp_path
         assert time.monotonic() - begin < 90  # 4.5 s for each of the calls would be more than two minutes
         assert "is away" in caplog.text
 
-        server = serve(tmp_path, port, own_store)
+        server = mlflow_server(tmp_path, port, own_store)
         assert tracker.flush() == 0
         tracker.log_metrics({"loss": 30.0}, 30)
         tracker.finish("FINISHED")
@@ -354,4 +320,4 @@ def test_a_server_that_is_killed_and_comes_back_has_everything_in_order(tmp_path
         assert math.isnan(run.data.metrics["nan"])
         assert not (tmp_path / "spool.jsonl").exists()
     finally:
-        stop(server)
+        server.kill()
