@@ -81,7 +81,7 @@ class RunContext:
 
         manifest = Manifest.model_validate_json(result.storage.read_text(f"{result.outcome.model}/{MANIFEST_NAME}"))
         self._point_at(result.model_folder, manifest)
-        return result.model_folder.removeprefix(self.storage.uri).strip("/")
+        return self.storage.relative(result.model_folder)
 
     def copy_model(self, folder: str, *, name: str) -> Manifest:
         """Put a copy of a model, wherever it lies, into `models/NAME` of this run's folder; returns its manifest.

@@ -30,3 +30,7 @@ class ClusterError(TenfoldError):
 
 class TrackingError(TenfoldError):
     """The MLflow tracking server cannot be used."""
+
+
+class StorageError(TenfoldError):
+    """The run's storage did not answer for as long as we wait."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -19,7 +20,9 @@ import yaml
 from tenfold.platform.context import PlanContext, RunContext
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.experiment import Experiment, LoadedExperiment, check_experiment, parse_experiment
+from tenfold.platform.lease import leased
 from tenfold.platform.method import Outcome, PlanSection
+from tenfold.platform.models.cache import cache_folder
 from tenfold.platform.storage import Storage
 from tenfold.platform.tracking import Status, Tracker, absolute_uri, check_tracking
 from tenfold.platform.tracking_store import file_store_path, sqlite_path
@@ -261,7 +264,7 @@ def newest_runs(start: str, count: int, storage: str = "runs") -> list[str]:
 def evaluate(found: FinishedRun) -> dict[str, float]:
     """Compute the method's metrics for a finished run's model again, and log them to its MLflow run."""
     experiment, model = found.loaded.experiment, found.model_folder
-    top = Storage(found.storage.uri.rpartition("/")[0])
+    top = found.storage.above()
     tracker = Tracker.attach(found.state["mlflow_uri"], found.state["mlflow_run_id"], spool_path(found.storage))
     context = RunContext(
         found.run_id,
@@ -338,9 +341,13 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def spool_path(storage: Storage) -> Path:
-    """Return the local file that keeps what MLflow could not be told."""
+    """Return the local file that keeps what MLflow could not be told.
+
+    Of a run in a remote storage it lies in the user's cache: the current folder of a submitted job is deleted.
+    """
     local = storage.local_path("mlflow-unsent.jsonl")
-    return local or Path.cwd() / f"mlflow-unsent-{storage.uri.rpartition('/')[2]}.jsonl"
+    place = hashlib.sha256(storage.root.encode()).hexdigest()[:8]
+    return local or cache_folder() / "unsent" / f"{storage.name}-{place}.jsonl"
 
 
 def _cache_uri(top: Storage) -> str:
@@ -383,14 +390,15 @@ def free_id(top: Storage, run_id: str, name: str) -> str:
 
 @contextlib.contextmanager
 def only_one(top: Storage, run_id: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock for as long as this process works on the run; it falls with the process.
+    """Hold a run for as long as this process works on it: by a file lock, on a remote storage by a lease.
 
     Raises:
         ConfigError: another process holds it and `wait` is not set.
     """
     folder = top.local_path(run_id)
     if folder is None:
-        yield
+        with leased(top, run_id, wait=wait):
+            yield
         return
     from filelock import FileLock, Timeout
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.method import PlanSection, load_method, method_folder, method_names, packaged_experiments
 from tenfold.platform.run import FinishedRun, RunResult
+from tenfold.platform.storage import Storage
 from tenfold.platform.tuning.results import SweepResult
 from tenfold.platform.tuning.space import short_names
 from tenfold.platform.tuning.space import show as show_value
@@ -76,12 +77,12 @@ def result(finished: RunResult, tracking_uri: str) -> None:
     metrics(finished.run_id, finished.outcome.metrics)
     console.print(f"run folder     {finished.uri}", soft_wrap=True)
     if finished.outcome.model:
-        console.print(f"model          {finished.uri}/{finished.outcome.model}", soft_wrap=True)
+        model = Storage(finished.uri).uri_of(finished.outcome.model)
+        console.print(f"model          {model}", soft_wrap=True)
     console.print(f"in MLflow      mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
     if finished.outcome.model:
         from tenfold.platform.models.export import HUGGING_FACE_FLAVORS
         from tenfold.platform.models.manifest import MANIFEST_NAME
-        from tenfold.platform.storage import Storage
 
         run, model = finished.run_id, f"{finished.outcome.model}/{MANIFEST_NAME}"
         flavor = json.loads(Storage(finished.uri).read_text(model))["flavor"]
@@ -91,7 +92,7 @@ def result(finished: RunResult, tracking_uri: str) -> None:
 
 def sweep(found: SweepResult, tracking_uri: str) -> None:
     """Print every trial of a sweep, means over seeds, and what to do next."""
-    metric = found.sweep.metric
+    metric, place = found.sweep.metric, Storage(found.uri)
     names = short_names(list(found.sweep.space))
     table = Table(*names.values(), metric, "status", title=found.sweep_id, title_justify="left")
     table.add_column("run", overflow="fold")
@@ -107,9 +108,9 @@ def sweep(found: SweepResult, tracking_uri: str) -> None:
         console.print(table)
     if found.best is not None:
         console.print(f"best           {found.best.label}: {metric} {_number(found.best.value)}", soft_wrap=True)
-        console.print(f"its experiment {found.uri}/best.yaml", soft_wrap=True)
+        console.print(f"its experiment {place.uri_of('best.yaml')}", soft_wrap=True)
         console.print(f"next           tenfold evaluate {found.best.run_id}", soft_wrap=True)
-    console.print(f"table          {found.uri}/results.csv", soft_wrap=True)
+    console.print(f"table          {place.uri_of('results.csv')}", soft_wrap=True)
     console.print(f"in MLflow      mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
 
 

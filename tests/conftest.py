@@ -8,6 +8,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two tests run at a time
+os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")  # of the S3 server that tests start, which looks at none
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # every report waits for it; Ray's default is 2
 
 import contextlib

@@ -87,12 +87,9 @@ def damage(storage: Storage, record: CheckpointRecord) -> str | None:
         path = f"{record.path}/{name}"
         if not storage.exists(path):
             return f"{name} is missing"
-        with storage.filesystem.open_input_file(f"{storage.root}/{path}") as stream:
-            found = hashlib.sha256()
-            while block := stream.read(1 << 22):
-                found.update(block)
-        if found.hexdigest() != digest:
-            return f"{name} is not what was written (sha256 {found.hexdigest()[:12]}, expected {digest[:12]})"
+        found = storage.sha256(path)
+        if found != digest:
+            return f"{name} is not what was written (sha256 {found[:12]}, expected {digest[:12]})"
     return None
 
 

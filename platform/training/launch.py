@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tenfold.platform.errors import CheckpointError, ClusterError, TenfoldError
+from tenfold.platform.errors import CheckpointError, ClusterError, StorageError, TenfoldError
 from tenfold.platform.training.checkpoints import (
     ATTEMPT,
     DEFAULT_JOB,
@@ -258,6 +258,9 @@ def _explain(context: RunContext, job: TrainingJob, error: Exception, finding: s
         error: what Ray says.
         finding: why the watch has ended it.
     """
+    for cause in (getattr(error, "controller_failure", None), *_failures(error).values()):
+        if isinstance(cause, StorageError):
+            return cause  # no trace can be stored either
     path = f"errors/{job.name}.txt"
     context.storage.write_text(path, str(error))
     failures = _failures(error)

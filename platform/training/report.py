@@ -148,6 +148,8 @@ class ReportCallback(TrainerCallback):
             {**self._metrics, "step": state.global_step},
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=name,
+            # files on a disk are copied by Ray, whose ranks may fill one folder at the same time
+            checkpoint_upload_fn=None if self._storage.is_local else self._upload,
         )
         if state.is_world_process_zero:
             # a checkpoint between two evaluations has none: the earlier one's must not make it the best
@@ -164,6 +166,12 @@ class ReportCallback(TrainerCallback):
             prune(self._storage, self._job, keep_last=self._keep_last, metric=self._best_metric)
         shutil.rmtree(folder, ignore_errors=True)
         self._time_before = time.monotonic()
+
+    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Copy this rank's files as every other file of a run is copied: Ray's own way has one try."""
+        path = f"{self._job}/{self._attempt}/{name}"
+        self._storage.upload(checkpoint.path, path)
+        return ray.train.Checkpoint(f"{self._storage.root}/{path}", self._storage.filesystem)
 
     def _say(self, state: TrainerState, metrics: dict[str, float]) -> None:
         if self._tracker is None or self._start is None:
