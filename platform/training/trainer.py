@@ -57,6 +57,7 @@ class Trainer(transformers.Trainer):
         self._cosine_floor = cosine_floor
         self._projector_learning_rate = projector_learning_rate
         self._sums: dict[str, list[Tensor]] = {}
+        self._order: LengthGroups | EvenRows | None = None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -119,19 +120,28 @@ class Trainer(transformers.Trainer):
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def get_train_dataloader(self) -> Any:
+        """Return the batches of this rank."""
+        loader: Any = super().get_train_dataloader()
+        if self._order is not None:
+            # accelerate then tells it the epoch also where it skips the first batches
+            loader.set_sampler(self._order)
+        return loader
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return an order of rows that depends on seed and epoch alone, whatever the number of workers."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         order = super()._get_train_sampler(train_dataset)
         if isinstance(order, LengthGroupedSampler):
             group = self.args.train_batch_size * (self.planned_accumulation or self.args.gradient_accumulation_steps)
-            order = LengthGroups(order.lengths, group, self.args.data_seed or 0)
+            order = self._order = LengthGroups(order.lengths, group, self.args.data_seed or 0)
         if self.shares is None or order is None:
             return order
         if isinstance(order, RandomSampler):
             # what accelerate makes of it where it finds it unwrapped
             order = SeedableRandomSampler(rows, data_seed=self.args.data_seed)
-        return EvenRows(order, self.args.train_batch_size * self.shares)
+        self._order = EvenRows(order, self.args.train_batch_size * self.shares)
+        return self._order
 
     def _prepare_input(self, data: Any) -> Any:
         """Move a tensor to the device in its own dtype: with bf16 transformers would round counts and targets."""
