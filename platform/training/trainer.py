@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from torch.utils.data import RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 COSINE_FLOOR = 1e-7
-BUFFERS = "buffers.safetensors"
+BUFFERS, GROUPS = "buffers.safetensors", "optimizer_groups.json"
 UNIVERSAL = "latest_universal"  # DeepSpeed's mark of a checkpoint that fits any number of workers
 
 
@@ -159,7 +160,8 @@ class Trainer(transformers.Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Have DeepSpeed leave frozen weights out of its state: a resumed run loads them where they came from.
 
-        Buffers are kept beside it as well: DeepSpeed leaves them out when it resumes with another number of workers.
+        What it leaves out itself when it resumes with another number of workers is kept beside it: buffers, and what
+        parameter groups differ in (under ZeRO-3 it gives all groups the first one's learning rate and decay).
         """
         engine: Any = self.model_wrapped
         engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
@@ -167,20 +169,27 @@ class Trainer(transformers.Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
             del engine.save_checkpoint  # the class's own again
-        if self.args.should_save and (buffers := self._kept_buffers()):
-            save_file({name: value.contiguous() for name, value in buffers.items()}, Path(output_dir) / BUFFERS)
+        if self.args.should_save:
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+            (Path(output_dir) / GROUPS).write_text(json.dumps(groups), encoding="utf-8")
+            buffers = {name: buffer.contiguous() for name, buffer in self._kept_buffers().items()}
+            save_file(buffers, Path(output_dir) / BUFFERS)
 
     def _kept_buffers(self) -> dict[str, Tensor]:
         kept = self.model.state_dict().keys()
         return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """After DeepSpeed has loaded a checkpoint that another number of workers wrote, load the buffers as well."""
+        """After DeepSpeed has loaded a checkpoint that another number of workers wrote, load what it leaves out."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / UNIVERSAL).exists() and (own := self._kept_buffers()):
-            found = load_file(Path(checkpoint) / BUFFERS)
-            for name, buffer in own.items():
-                buffer.copy_(found[name])
+        if checkpoint is None or not (Path(checkpoint) / UNIVERSAL).exists():
+            return
+        found = load_file(Path(checkpoint) / BUFFERS)
+        for name, buffer in self._kept_buffers().items():
+            buffer.copy_(found[name])
+        kept = json.loads((Path(checkpoint) / GROUPS).read_text(encoding="utf-8"))
+        for group, values in zip(self.optimizer.param_groups, kept, strict=True):
+            group.update({k: tuple(value) if isinstance(value, list) else value for k, value in values.items()})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Go on with the rank's own random numbers; a rank that has none in the checkpoint starts others."""
