@@ -171,7 +171,7 @@ class Trainer(transformers.Trainer):
             del engine.save_checkpoint  # the class's own again
         if self.args.should_save:
             groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-            (Path(output_dir) / GROUPS).write_text(json.dumps(groups), encoding="utf-8")
+            (Path(output_dir) / GROUPS).write_text(json.dumps(groups, default=float), encoding="utf-8")
             buffers = {name: buffer.contiguous() for name, buffer in self._kept_buffers().items()}
             save_file(buffers, Path(output_dir) / BUFFERS)
 
