@@ -37,7 +37,7 @@ LOOK_SECONDS = 0.5
 END_SECONDS = 10
 OBJECT_STORE_BYTES = 2**28
 WORKER_CLASS = "RayTrainWorker"
-MAX_WORKERS = 1000
+MAX_ACTORS = 1000
 
 
 def say(text: str) -> None:
@@ -74,20 +74,20 @@ def local_cluster() -> Iterator[str]:
     """
     # in /tmp: the path of a socket has at most 107 characters, and Ray's lie below
     folder = Path(tempfile.mkdtemp(prefix="tenfold-cluster-", dir="/tmp"))
-    _set_environment(folder)
-    port, dashboard, agent, client = _free_ports(4)
-    config = yaml.safe_load(CLUSTER.read_text(encoding="utf-8"))
-    config["provider"]["gcs_address"] = f"127.0.0.1:{port}"
-    (folder / "cluster.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    head = config["available_node_types"][config["head_node_type"]]["resources"]
-    command = [*RAY, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={head['CPU']}"]
-    command += ["--num-gpus=0", f"--autoscaling-config={folder / 'cluster.yaml'}", f"--temp-dir={folder}"]
-    command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--min-worker-port=0", "--max-worker-port=0"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    address = f"http://127.0.0.1:{dashboard}"
     try:
+        _set_environment(folder)
+        port, dashboard, agent, client = _free_ports(4)
+        config = yaml.safe_load(CLUSTER.read_text(encoding="utf-8"))
+        config["provider"]["gcs_address"] = f"127.0.0.1:{port}"
+        (folder / "cluster.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        head = config["available_node_types"][config["head_node_type"]]["resources"]
+        command = [*RAY, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={head['CPU']}"]
+        command += ["--num-gpus=0", f"--autoscaling-config={folder / 'cluster.yaml'}", f"--temp-dir={folder}"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--min-worker-port=0", "--max-worker-port=0"]
+        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+        command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        address = f"http://127.0.0.1:{dashboard}"
         say(f"starting a head node without CPUs; its dashboard: {address}")
         with (folder / "head.log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -192,7 +192,7 @@ def run(address: str, results: Path) -> None:
         for worker in workers:
             say(f"          a training worker ran on {worker['type']} node {worker['node']}")
         (results / "workers.json").write_text(json.dumps(workers, indent=1) + "\n", encoding="utf-8")
-        _look_until(record, lambda: record.look().total == 0, IDLE_SECONDS, "the idle nodes")
+        _look_until(record, lambda: record.counts[-1].total == 0, IDLE_SECONDS, "the idle nodes")
     finally:
         data, picture = record.save(results)
     say(f"node counts over time: {picture}, {data}")
@@ -211,8 +211,8 @@ def training_workers(record: NodeRecord) -> list[dict[str, str]]:
     """Return the node, with its type, of each worker of the training, as Ray has it."""
     from ray.util.state import list_actors
 
-    actors = list_actors(record.address, filters=[("class_name", "=", WORKER_CLASS)], limit=MAX_WORKERS)
-    nodes = [str(actor.node_id) for actor in actors]
+    actors = list_actors(record.address, limit=MAX_ACTORS, raise_on_missing_output=False)
+    nodes = [actor.node_id for actor in actors if actor.class_name == WORKER_CLASS and actor.node_id]
     return [{"node": node, "type": record.types[node]} for node in nodes]
 
 

@@ -77,7 +77,6 @@ def test_nodes_come_for_the_job_and_go_after_it(demo):
 def test_the_jobs_two_workers_ran_on_two_nodes(demo):
     folder, *_ = demo
     workers = json.loads((folder / "workers.json").read_text())
-    assert len(workers) == 2
     assert len({worker["node"] for worker in workers}) == 2
     assert {worker["type"] for worker in workers} == {"cpu_spot", "cpu_on_demand"}
 
