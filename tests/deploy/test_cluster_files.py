@@ -1,5 +1,6 @@
 """cluster.yaml and its kin: valid for Ray, and of the shape that docs/operations.md promises."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -113,6 +114,13 @@ def test_gpus_are_known_before_there_is_a_node():
     check_capacity(12, 8, 1, available=have)
     with pytest.raises(ClusterError, match="so 12 such"):
         check_capacity(13, 8, 1, available=have)
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_the_limits_are_read_from_what_ray_up_leaves_on_the_head(name, tmp_path):
+    left = tmp_path / "ray_bootstrap_config.yaml"
+    left.write_text(json.dumps(prepared(name)))
+    assert read_autoscaling_config(left) == read_autoscaling_config(REPOSITORY / name)
 
 
 @pytest.mark.parametrize("name", FILES)
