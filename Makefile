@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint postgres
+.PHONY: setup demo cluster-demo test lint postgres
 
 setup: .venv/ready
 
@@ -22,6 +22,10 @@ demo: setup
 	@echo "Look at the curves:   $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 	@echo "Export the student:   $(BIN)/tenfold export RUN folder/"
 	@echo "Change anything:      $(BIN)/tenfold run dskd/demo config.objective=kl --plan"
+
+# A cluster of this machine's processes grows for a submitted job and shrinks again; see cluster.local.yaml.
+cluster-demo: setup
+	$(BIN)/python deploy/local/demo.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -173,6 +173,18 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
         raise typer.Exit(1)
 
 
+@app.command()
+def nodes(
+    address: Annotated[str, typer.Option(help="the cluster's dashboard")] = "http://127.0.0.1:8265",
+    folder: Annotated[Path, typer.Option(help="where nodes.json and nodes.png go")] = Path(),
+) -> None:
+    """Record how many nodes a cluster has, until Ctrl-C: a line for every change, then JSON and a plot."""
+    from tenfold.platform.node_counts import NodeRecord
+
+    data, picture = NodeRecord(address, typer.echo).keep_looking(folder)
+    typer.echo(f"{picture}, {data}")
+
+
 def _capacity(loaded: LoadedExperiment, plan: bool, concurrent: int = 1) -> bool:
     """Connect and make sure that the cluster has room; return whether to go on, which a plan does not."""
     from tenfold.platform import cluster

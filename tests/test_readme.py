@@ -27,6 +27,8 @@ HERE = "tests/test_readme.py::"
 EXECUTED = {
     "make demo": HERE + "test_the_demo_trains_compares_and_answers",
     "make test": HERE + "test_make_test_runs_all_tests",
+    "make cluster-demo": "tests/deploy/test_cluster_demo.py::"
+    "test_the_cluster_grows_from_nothing_to_two_nodes_and_back",
     "tenfold doctor": HERE + "test_doctor_finds_this_machine_fit",
     "tenfold methods": HERE + "test_methods_are_listed",
     "tenfold methods dskd": HERE + "test_methods_are_listed",
