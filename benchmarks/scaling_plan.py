@@ -225,7 +225,7 @@ def show_plan(options: argparse.Namespace) -> int:
                 batch_tokens=options.batch_tokens,
                 checkpoint_bytes=measured[stage]["checkpoint_bytes_per_parameter"],
                 recompute=not options.no_recompute,
-                # what was counted may miss a collective (stage 3), never add one
+                # a small model gathers less in stage 3 than a large one will
                 exchange_factor=max(1.0, measured[stage].get("exchange_ratio") or 1.0),
             )
             report.rows.append(plan_row(found))
