@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tenfold.methods import table
+from tenfold.platform import tracking
 from tenfold.platform.experiment import StrictModel
 from tenfold.platform.method import Outcome
 from tenfold.platform.tuning import trial
@@ -48,3 +49,9 @@ def run_trial(values, **given):
     """Run a trial in a process whose method table has this method."""
     table.METHODS["curve"] = ENTRY
     trial.run_trial(values, **given)
+
+
+def run_patient_trial(values, **given):
+    """Run a trial that waits long for an MLflow server which is started again on a busy machine."""
+    tracking.FINISH_SECONDS = 240.0
+    run_trial(values, **given)
