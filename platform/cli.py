@@ -82,6 +82,53 @@ def sweep(
 
 
 @app.command()
+def submit(
+    experiment: Reference,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="the cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="run it as `tenfold sweep` does")] = False,
+    plan: PlanOnly = False,
+    new: Annotated[
+        bool, typer.Option("--new", help="start afresh beside an earlier run of the same experiment")
+    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="leave when it is submitted")] = False,
+    blind: Annotated[
+        bool,
+        typer.Option("--blind", help="this machine sees neither data nor storage: leave checking them to the job"),
+    ] = False,
+) -> None:
+    """Run an experiment as a job of a cluster: check it here, send it with this tenfold, follow its log.
+
+    Ends with the exit code of the job's command. Ctrl-C leaves the job alone; the same command follows it again.
+    """
+    from tenfold.platform import show, submission
+    from tenfold.platform.experiment import load_experiment
+
+    loaded = load_experiment(experiment, overrides or [])
+    show.plan(submission.check(loaded, sweep=sweep, new=new, blind=blind))
+    if plan:
+        typer.echo("the plan fits; nothing was sent")
+        return
+    server = submission.JobServer.at(submission.job_server(address))
+    job, attached = server.submit(loaded, sweep=sweep, new=new)
+    typer.echo(f"job {job} {'runs already' if attached else 'is submitted'}: {server.address}")
+    where = f"--address {server.address} {job}"
+    hints = f"ray job logs --follow {where}; stop it with: ray job stop {where}"
+    if no_wait:
+        typer.echo(f"follow it with the same command or: {hints}")
+        return
+    try:
+        code = server.follow(job, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        typer.echo(f"\njob {job} goes on without us. Follow it with: {hints}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(f"job {job} {'finished' if code == 0 else f'ended with exit code {code}'}")
+    raise typer.Exit(code)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="run ids")],
     latest: Annotated[

@@ -61,7 +61,8 @@ def plan(loaded: LoadedExperiment) -> list[PlanSection]:
         TenfoldError: the first thing that does not fit.
     """
     experiment = loaded.experiment
-    _check_job_addresses(experiment)
+    if SUBMITTED in os.environ:
+        check_job_addresses(experiment)
     storage = Storage(experiment.storage)
     storage.check_writable()
     uri = absolute_uri(experiment.tracking.uri, Path.cwd())
@@ -92,18 +93,24 @@ def plan(loaded: LoadedExperiment) -> list[PlanSection]:
     return [general, *([elastic] if elastic else []), *loaded.method.plan(loaded.config, context)]
 
 
-def _check_job_addresses(experiment: Experiment) -> None:
-    """Refuse relative addresses in a submitted job: its current folder is a copy that Ray deletes."""
-    if SUBMITTED not in os.environ:
-        return
+def check_job_addresses(experiment: Experiment) -> None:
+    """Refuse relative addresses: the current folder of a submitted job is a copy that Ray deletes.
+
+    Raises:
+        ConfigError: storage or tracking.uri is relative.
+    """
     storage, uri = experiment.storage.strip(), experiment.tracking.uri
     database = sqlite_path(uri) or file_store_path(uri)
-    for key, given, path in (("storage", storage, storage), ("tracking.uri", uri, str(database or "/"))):
-        if "://" not in path and not path.startswith(("/", "~", "file:")):
-            raise ConfigError(
-                f"{key} = {given!r}: relative, and Ray deletes the folder that a job of `ray job submit` runs in. "
-                "Give an absolute path that all nodes see, or a URI"
-            )
+    relative = [
+        f"{key} = {given!r}"
+        for key, given, path in (("storage", storage, storage), ("tracking.uri", uri, str(database or "/")))
+        if "://" not in path and not path.startswith(("/", "~", "file:"))
+    ]
+    if relative:
+        raise ConfigError(
+            f"{' and '.join(relative)}: relative, and Ray deletes the folder that a submitted job runs in. "
+            f"Give an absolute path that all nodes see, or a URI"
+        )
 
 
 def run(
@@ -133,14 +140,10 @@ def run(
     run_id = run_id or (free_id(top, loaded.run_id, STATE) if new else loaded.run_id)
     with only_one(top, run_id, wait=trial is not None):
         state = read_state(top, run_id, keys=RUN_KEYS)
-        if state and state["status"] in ENDED:
-            if trial is not None:
-                kept = outcome_in(state)
-                return RunResult(run_id, top.uri_of(run_id), state["mlflow_run_id"], kept, experiment.method)
-            raise ConfigError(
-                f"run {run_id} is {state['status']} already ({top.uri_of(run_id)}). "
-                f"Use --new to run it again beside it, or `tenfold evaluate {run_id}`"
-            )
+        if trial is not None and state and state["status"] in ENDED:
+            kept = outcome_in(state)
+            return RunResult(run_id, top.uri_of(run_id), state["mlflow_run_id"], kept, experiment.method)
+        refuse_ended(top, run_id, state)
         storage = Storage(top.uri_of(run_id))
         uri = absolute_uri(experiment.tracking.uri, Path.cwd())
         tracker = start_tracker(loaded, uri, run_id, storage, state, parent_run_id)
@@ -173,6 +176,19 @@ def run(
             raise
         keep_outcome(outcome, tracker, storage, STATE, state)
     return RunResult(run_id, storage.uri, tracker.run_id, outcome, experiment.method)
+
+
+def refuse_ended(top: Storage, run_id: str, state: Mapping[str, Any] | None) -> None:
+    """Refuse to run again what has ended.
+
+    Raises:
+        ConfigError: the run's state says so.
+    """
+    if state and state["status"] in ENDED:
+        raise ConfigError(
+            f"run {run_id} is {state['status']} already ({top.uri_of(run_id)}). "
+            f"Use --new to run it again beside it, or `tenfold evaluate {run_id}`"
+        )
 
 
 def keep_outcome(outcome: Outcome, tracker: Tracker, storage: Storage, file: str, state: Mapping[str, Any]) -> None:

@@ -91,7 +91,7 @@ def without_password(uri: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: object) -> str:
     """Return an error's message without line breaks, at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 

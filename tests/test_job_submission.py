@@ -1,4 +1,4 @@
-"""`ray job submit` to a cluster with token authentication, as docs/operations.md tells it."""
+"""`tenfold submit` and `ray job submit` to a cluster with token authentication, as docs/operations.md tells it."""
 
 import contextlib
 import json
@@ -13,8 +13,12 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
+from tenfold.platform.experiment import load_experiment
+from tenfold.platform.storage import Storage
+from tenfold.platform.training.checkpoints import list_checkpoints
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -22,6 +26,7 @@ REPOSITORY = Path(__file__).parents[1]
 CONTRACT = REPOSITORY / "tests" / "methods" / "dskd" / "contract.yaml"
 START_SECONDS = 180
 JOB_SECONDS = 600
+STEPS = 20
 
 
 def ray(*arguments, env, **options):
@@ -75,44 +80,69 @@ def job_folder(folder):
 
 
 @pytest.fixture(scope="module")
-def cluster(folder, free_port):
-    """A head node with token authentication: its URL, and the environments of a client with and without the token."""
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+def without(folder):
+    """The environment of the cluster's shell and of a client that has no token."""
     without = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    without |= {
+    return without | {
         "RAY_TMPDIR": str(folder / "ray"),  # nobody finds this cluster by looking into /tmp/ray
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on the loopback interface only
         "HF_HUB_OFFLINE": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"],
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    env = without | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    url_port, agent_port = free_port(), free_port()
-    command = ["start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--temp-dir", env["RAY_TMPDIR"]]
-    command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--ray-client-server-port={free_port()}"]
-    command += [f"--dashboard-port={url_port}", f"--dashboard-agent-listen-port={agent_port}"]
-    command += [f"--object-store-memory={2**28}"]
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", *command],
-            env=env,
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{url_port}"
-    try:
-        end = time.monotonic() + START_SECONDS
+
+
+@pytest.fixture(scope="module")
+def env(folder, without):
+    """The same with the token."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return without | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+@pytest.fixture(scope="module")
+def start_head(folder, env, free_port):
+    """A function that starts a head node and returns its process and its URL."""
+    heads = []
+
+    def start():
+        url_port, log_path = free_port(), folder / f"head-{len(heads)}.log"
+        command = ["start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"]
+        command += ["--temp-dir", env["RAY_TMPDIR"], f"--object-store-memory={2**28}"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--ray-client-server-port={free_port()}"]
+        command += [f"--dashboard-port={url_port}", f"--dashboard-agent-listen-port={free_port()}"]
+        with log_path.open("w") as log:
+            head = subprocess.Popen(
+                [sys.executable, "-m", "ray.scripts.scripts", *command],
+                env=env,
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        heads.append(head)
+        url, end = f"http://127.0.0.1:{url_port}", time.monotonic() + START_SECONDS
         while not answers(f"{url}/api/version"):
-            assert head.poll() is None, (folder / "head.log").read_text()
-            assert time.monotonic() < end, (folder / "head.log").read_text()
+            assert head.poll() is None, log_path.read_text()
+            assert time.monotonic() < end, log_path.read_text()
             time.sleep(0.3)
-        yield url, env, without
-    finally:
+        return head, url
+
+    yield start
+    for head in heads:
         stop(head)
+
+
+@pytest.fixture(scope="module")
+def first_head(start_head):
+    return start_head()
+
+
+@pytest.fixture(scope="module")
+def cluster(first_head, env, without):
+    """A head node with token authentication: its URL, and the environments of a client with and without the token."""
+    return first_head[1], env, without
 
 
 @pytest.mark.parametrize(
@@ -159,6 +189,62 @@ def test_a_submitted_run_uses_the_sent_tree_and_the_running_cluster(cluster, job
     assert len(list((folder / "ray").glob("session_2*"))) == 1
 
 
+def write_experiment(folder, **sections):
+    content = yaml.safe_load(CONTRACT.read_text()) | {
+        "storage": str(folder / "runs"),
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
+        "compute": {"workers": 1, "deepspeed": "zero2"},
+        **sections,
+    }
+    content["config"]["training"] |= {"max_steps": STEPS, "save_total_limit": STEPS}
+    path = folder / f"{content['name']}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+class Submit:
+    """`tenfold submit`, as a process that may be waited for."""
+
+    def __init__(self, folder, env, *arguments):
+        self.log = folder / f"submit-{time.monotonic_ns()}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tenfold.platform.cli", "submit", *map(str, arguments)],
+                env=env | {"PYTHONUNBUFFERED": "1"},
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def end(self):
+        """Return exit code and output."""
+        try:
+            self.process.wait(JOB_SECONDS)
+        finally:
+            self.process.kill()
+        return self.process.returncode, self.log.read_text()
+
+    def until(self, condition):
+        """Return when a condition holds; the command must not end before."""
+        end = time.monotonic() + JOB_SECONDS
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.05)
+
+
+def test_submit_ends_with_the_exit_code_and_the_message_of_the_job(cluster, folder):
+    url, env, without = cluster
+    path = write_experiment(folder, name="too-large", compute={"workers": 50})
+    code, output = Submit(folder, env, path, "--address", url).end()
+    assert code == 2, output
+    assert "error: the cluster has 2 CPU" in output
+    assert "ended with exit code 2" in output
+    code, output = Submit(folder, without | {"RAY_AUTH_MODE": "disabled"}, path, "--address", url).end()
+    assert code == 2
+    assert f"error: {url}: wants a token, and none was sent (401)" in output
+
+
 def test_a_bad_experiment_fails_the_job_with_its_one_message(cluster):
     url, env, _ = cluster
     command = ["job", "submit", "--address", url, "--", "tenfold", "run", "dskd/demo", "config.objectiv=kl"]
@@ -169,3 +255,44 @@ def test_a_bad_experiment_fails_the_job_with_its_one_message(cluster):
     assert "did you mean config.objective?" in log
     assert "failed with exit code 2" in log
     assert "Traceback" not in log
+
+
+def test_a_run_whose_head_was_lost_is_submitted_again_and_resumes(first_head, start_head, env, folder):
+    head, url = first_head
+    path = write_experiment(folder, name="lost")
+    run_id = load_experiment(str(path)).run_id
+    first = Submit(folder, env, path, "--address", url)
+    storage = Storage(folder / "runs" / run_id)
+    first.until(lambda: "is submitted" in first.log.read_text())
+
+    # the same command again follows the job that is there; Ctrl-C leaves it alone
+    second = Submit(folder, env | {"RAY_ADDRESS": url}, path)
+    second.until(lambda: "starting run" in second.log.read_text())
+    second.process.send_signal(signal.SIGINT)
+    code, output = second.end()
+    assert code == 130, output
+    assert f"job {run_id} runs already: {url}" in output
+    assert f"job {run_id} goes on without us" in output
+
+    first.until(lambda: list_checkpoints(storage, "train/train"))
+    for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    code, output = first.end()
+    assert code == 2, output
+    assert f"job {run_id} is submitted: {url}" in output
+    assert f"job {run_id}: contact with {url} was lost" in output
+    saved = list_checkpoints(storage, "train/train")[0].step
+    assert saved < STEPS
+
+    _, url = start_head()
+    code, output = Submit(folder, env, path, "--address", url).end()
+    assert code == 0, output
+    assert f"resuming run {run_id}" in output
+    assert f"resuming after step {saved}" in output
+    assert f"job {run_id} finished" in output
+    assert json.loads(storage.read_text("run.json"))["status"] == "finished"
+
+    code, output = Submit(folder, env, path, "--address", url).end()
+    assert code == 2
+    assert f"error: run {run_id} is finished already" in output

@@ -50,6 +50,8 @@ EXECUTED = {
     "tenfold evaluate RUN": HERE + "test_commands_for_runs",
     "tenfold export RUN folder/": HERE + "test_commands_for_runs",
     "tenfold serve RUN": HERE + "test_a_served_run_answers_over_http",
+    "tenfold submit dskd/demo --address http://HEAD:8265": "tests/test_job_submission.py::"
+    "test_a_run_whose_head_was_lost_is_submitted_again_and_resumes",
     "ray job submit ... -- tenfold run dskd/demo": "tests/test_job_submission.py::"
     "test_a_submitted_run_uses_the_sent_tree_and_the_running_cluster",
     "mlflow ui --backend-store-uri sqlite:///mlflow.db": HERE + "test_mlflow_shows_its_page",

@@ -101,9 +101,18 @@ def run_sweep(loaded: LoadedExperiment, *, new: bool = False) -> SweepResult:
         sweep_id = free_id(top, sweep_id, STATE)
     with only_one(top, sweep_id):
         state = read_state(top, sweep_id, STATE)
-        if state and state["status"] == "finished":
-            raise ConfigError(f"sweep {sweep_id} is finished already ({top.uri_of(sweep_id)}). Use --new to repeat it")
+        refuse_finished_sweep(top, sweep_id, state)
         return _Study(loaded, top, sweep_id, state).run()
+
+
+def refuse_finished_sweep(top: Storage, sweep_id: str, state: Mapping[str, Any] | None) -> None:
+    """Refuse to repeat a sweep.
+
+    Raises:
+        ConfigError: its state says that it has finished.
+    """
+    if state and state["status"] == "finished":
+        raise ConfigError(f"sweep {sweep_id} is finished already ({top.uri_of(sweep_id)}). Use --new to repeat it")
 
 
 @dataclass(frozen=True)
