@@ -20,7 +20,6 @@ from tenfold.platform.training.checkpoints import list_checkpoints
 from tenfold.platform.training.deepspeed_config import deepspeed_config
 from tenfold.platform.training.launch import TrainingJob, train_job
 from tenfold.platform.training.options import TrainingOptions
-from toy_job import recorded
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -93,6 +92,12 @@ def wait_until(condition, what):
             return
         time.sleep(0.1)
     raise TimeoutError(what)
+
+
+def recorded(folder):
+    import toy_job
+
+    return toy_job.recorded(folder)
 
 
 class Events(threading.Thread):
