@@ -235,7 +235,7 @@ class Submit:
 
 def test_submit_ends_with_the_exit_code_and_the_message_of_the_job(cluster, folder):
     url, env, without = cluster
-    path = write_experiment(folder, name="too-large", compute={"workers": 50})
+    path = write_experiment(folder, name="too-large", compute={"workers": 1, "cpus_per_worker": 50})
     code, output = Submit(folder, env, path, "--address", url).end()
     assert code == 2, output
     assert "error: the cluster has 2 CPU" in output

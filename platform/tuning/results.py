@@ -148,21 +148,14 @@ def figure(result: SweepResult) -> Figure:
     keys = [key for key in result.sweep.space if key != "seed"] or list(result.sweep.space)
     names = short_names(keys)
     colours = _colours(result, keys[0])
-    drawn = new_figure(5 + 3.6 * len(keys), 4.2)
-    axes = drawn.subplots(1, 1 + len(keys), squeeze=False, width_ratios=[1.4] + [1] * len(keys))[0]
-    for trial in result.trials:
-        steps = [report["step"] for report in trial.reports]
-        values = [report[result.sweep.metric] for report in trial.reports]
-        axes[0].plot(steps, values, ".-", color=colours[show(trial.values[keys[0]])], alpha=0.8)
-        if trial.status == "stopped" and steps:
-            axes[0].plot(steps[-1], values[-1], "x", color="black", markersize=8)
-    for text, colour in colours.items():
-        axes[0].plot([], [], color=colour, label=f"{names[keys[0]]} = {text}")
-    if any(trial.status == "stopped" for trial in result.trials):
-        axes[0].plot([], [], "x", color="black", label="stopped early")
-    axes[0].set(xlabel="step", ylabel=result.sweep.metric, title="by step")
-    axes[0].legend(fontsize=8)
-    for axis, key in zip(axes[1:], keys, strict=True):
+    has_curves = any(len(trial.reports) > 1 for trial in result.trials)  # a method may report only at its end
+    widths = [1.4] * has_curves + [1.0] * len(keys)
+    drawn = new_figure(1.4 + 3.6 * sum(widths), 4.2)
+    axes = list(drawn.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
+    if has_curves:
+        _draw_curves(axes[0], result, keys[0], names[keys[0]], colours)
+    axes[0].set_ylabel(result.sweep.metric)
+    for axis, key in zip(axes[has_curves:], keys, strict=True):
         _draw_option(axis, result, key, names[key], colours, keys[0])
     values = [trial.value for trial in result.trials if math.isfinite(trial.value)]
     if values and min(values) > 0 and max(values) > 5 * min(values):
@@ -170,6 +163,21 @@ def figure(result: SweepResult) -> Figure:
             axis.set_yscale("log")
     drawn.suptitle(result.sweep_id, fontsize=10)
     return drawn
+
+
+def _draw_curves(axis: Axes, result: SweepResult, key: str, name: str, colours: dict[str, Any]) -> None:
+    for trial in result.trials:
+        steps = [report["step"] for report in trial.reports]
+        values = [report[result.sweep.metric] for report in trial.reports]
+        axis.plot(steps, values, ".-", color=colours[show(trial.values[key])], alpha=0.8)
+        if trial.status == "stopped" and steps:
+            axis.plot(steps[-1], values[-1], "x", color="black", markersize=8)
+    for text, colour in colours.items():
+        axis.plot([], [], color=colour, label=f"{name} = {text}")
+    if any(trial.status == "stopped" for trial in result.trials):
+        axis.plot([], [], "x", color="black", label="stopped early")
+    axis.set(xlabel="step", title="by step")
+    axis.legend(fontsize=8)
 
 
 def _colours(result: SweepResult, key: str) -> dict[str, Any]:

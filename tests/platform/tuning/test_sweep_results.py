@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from tenfold.platform.experiment import Sweep
@@ -96,3 +97,10 @@ def test_the_picture_has_curves_and_one_panel_an_option(top):
     curves, options = drawn.axes
     assert sum(len(line.get_xdata()) == 2 for line in curves.lines) == 6
     assert sorted({line.get_ydata()[0] for line in options.lines}) == [0.5, 1.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def test_the_picture_of_trials_that_report_once_has_no_curves(top):
+    result = collect(top, "s-1", SWEEP)
+    once = replace(result, trials=[replace(trial, reports=trial.reports[-1:]) for trial in result.trials])
+    (options,) = figure(once).axes
+    assert options.get_ylabel() == SWEEP.metric
