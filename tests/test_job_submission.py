@@ -238,7 +238,7 @@ def test_submit_ends_with_the_exit_code_and_the_message_of_the_job(cluster, fold
     path = write_experiment(folder, name="too-large", compute={"workers": 1, "cpus_per_worker": 50})
     code, output = Submit(folder, env, path, "--address", url).end()
     assert code == 2, output
-    assert "error: the cluster has 2 CPU" in output
+    assert "error: the run asks for 1 worker(s) with 50 CPU each" in output
     assert "ended with exit code 2" in output
     code, output = Submit(folder, without | {"RAY_AUTH_MODE": "disabled"}, path, "--address", url).end()
     assert code == 2
