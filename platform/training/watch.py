@@ -100,7 +100,8 @@ class Watch:
             end_job(self._controller)
         elif self._wish is None:
             self._look_at_nodes(beats)
-            if self._wish is None and self.size < self.room.largest_ever:
+            # before the first steps Ray may not know yet what this start has taken
+            if self._wish is None and self.size < self.room.largest_ever and all(beat.stepped for beat in beats):
                 self._look_for_room()
         else:
             self._ask(self._wish)
