@@ -79,7 +79,7 @@ class ToyTrainer(Trainer):
             record = Path(self.plan["record"])
             record.mkdir(parents=True, exist_ok=True)
             rows = [batch["rows"].tolist() for batch in batches]
-            line = {"attempt": attempt(), "step": step, "rows": rows}
+            line = {"attempt": attempt(), "ranks": self.args.world_size, "step": step, "rows": rows}
             (record / f"{time.time_ns()}-{os.getpid()}.jsonl").write_text(json.dumps(line) + "\n")
             self.model.drift += 0.05
         slow, hang = self.plan.get("slow"), self.plan.get("hang")
@@ -126,9 +126,17 @@ def build(context):
 def recorded(folder):
     """Return attempt -> step -> sorted rows of all workers, of every step that they have begun."""
     found = {}
-    for file in Path(folder).glob("*.jsonl"):
-        for line in file.read_text().splitlines():  # none yet while it is written
-            data = json.loads(line)
-            steps = found.setdefault(data["attempt"], {})
-            steps.setdefault(data["step"], []).extend(row for batch in data["rows"] for row in batch)
+    for line in _lines(folder):
+        steps = found.setdefault(line["attempt"], {})
+        steps.setdefault(line["step"], []).extend(row for batch in line["rows"] for row in batch)
     return {name: {step: sorted(rows) for step, rows in steps.items()} for name, steps in found.items()}
+
+
+def sizes(folder):
+    """Return attempt -> number of workers, of those that have begun a step, in their order."""
+    return dict(sorted((line["attempt"], line["ranks"]) for line in _lines(folder)))
+
+
+def _lines(folder):
+    # a file has no line yet while it is written
+    return [json.loads(line) for file in Path(folder).glob("*.jsonl") for line in file.read_text().splitlines()]
