@@ -100,8 +100,7 @@ class Watch:
             end_job(self._controller)
         elif self._wish is None:
             self._look_at_nodes(beats)
-            # before the first steps Ray may not know yet what this start has taken
-            if self._wish is None and self.size < self.room.largest_ever and all(beat.stepped for beat in beats):
+            if self._wish is None and self.size < self.room.largest_ever and self._has_stepped(beats):
                 self._look_for_room()
         else:
             self._ask(self._wish)
@@ -118,6 +117,10 @@ class Watch:
             f"compute.start_timeout_s). The nodes: {describe_nodes()}. Look for nodes that lack tenfold or whose "
             "disks are full, ask for less, or raise the limit"
         )
+
+    def _has_stepped(self, beats: Sequence[Beat]) -> bool:
+        """Say whether all workers have done a step: before, what they will take still counts as free."""
+        return self.all_started and all(beat.stepped for beat in beats)
 
     def _limit(self, beat: Beat) -> float:
         if beat.event == DONE:
