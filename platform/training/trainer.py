@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from torch.utils.data import RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 COSINE_FLOOR = 1e-7
-BUFFERS = "buffers.safetensors"
+BUFFERS, GROUPS = "buffers.safetensors", "optimizer_groups.json"
 UNIVERSAL = "latest_universal"  # DeepSpeed's mark of a checkpoint that fits any number of workers
 
 
@@ -57,6 +58,7 @@ class Trainer(transformers.Trainer):
         self._cosine_floor = cosine_floor
         self._projector_learning_rate = projector_learning_rate
         self._sums: dict[str, list[Tensor]] = {}
+        self._order: LengthGroups | EvenRows | None = None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -119,19 +121,28 @@ class Trainer(transformers.Trainer):
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def get_train_dataloader(self) -> Any:
+        """Return the batches of this rank."""
+        loader: Any = super().get_train_dataloader()
+        if self._order is not None:
+            # accelerate then tells it the epoch also where it skips the first batches
+            loader.set_sampler(self._order)
+        return loader
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return an order of rows that depends on seed and epoch alone, whatever the number of workers."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         order = super()._get_train_sampler(train_dataset)
         if isinstance(order, LengthGroupedSampler):
             group = self.args.train_batch_size * (self.planned_accumulation or self.args.gradient_accumulation_steps)
-            order = LengthGroups(order.lengths, group, self.args.data_seed or 0)
+            order = self._order = LengthGroups(order.lengths, group, self.args.data_seed or 0)
         if self.shares is None or order is None:
             return order
         if isinstance(order, RandomSampler):
             # what accelerate makes of it where it finds it unwrapped
             order = SeedableRandomSampler(rows, data_seed=self.args.data_seed)
-        return EvenRows(order, self.args.train_batch_size * self.shares)
+        self._order = EvenRows(order, self.args.train_batch_size * self.shares)
+        return self._order
 
     def _prepare_input(self, data: Any) -> Any:
         """Move a tensor to the device in its own dtype: with bf16 transformers would round counts and targets."""
@@ -149,7 +160,8 @@ class Trainer(transformers.Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Have DeepSpeed leave frozen weights out of its state: a resumed run loads them where they came from.
 
-        Buffers are kept beside it as well: DeepSpeed leaves them out when it resumes with another number of workers.
+        What it leaves out itself when it resumes with another number of workers is kept beside it: buffers, and what
+        parameter groups differ in (under ZeRO-3 it gives all groups the first one's learning rate and decay).
         """
         engine: Any = self.model_wrapped
         engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
@@ -157,20 +169,27 @@ class Trainer(transformers.Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
             del engine.save_checkpoint  # the class's own again
-        if self.args.should_save and (buffers := self._kept_buffers()):
-            save_file({name: value.contiguous() for name, value in buffers.items()}, Path(output_dir) / BUFFERS)
+        if self.args.should_save:
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+            (Path(output_dir) / GROUPS).write_text(json.dumps(groups, default=float), encoding="utf-8")
+            buffers = {name: buffer.contiguous() for name, buffer in self._kept_buffers().items()}
+            save_file(buffers, Path(output_dir) / BUFFERS)
 
     def _kept_buffers(self) -> dict[str, Tensor]:
         kept = self.model.state_dict().keys()
         return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """After DeepSpeed has loaded a checkpoint that another number of workers wrote, load the buffers as well."""
+        """After DeepSpeed has loaded a checkpoint that another number of workers wrote, load what it leaves out."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / UNIVERSAL).exists() and (own := self._kept_buffers()):
-            found = load_file(Path(checkpoint) / BUFFERS)
-            for name, buffer in own.items():
-                buffer.copy_(found[name])
+        if checkpoint is None or not (Path(checkpoint) / UNIVERSAL).exists():
+            return
+        found = load_file(Path(checkpoint) / BUFFERS)
+        for name, buffer in self._kept_buffers().items():
+            buffer.copy_(found[name])
+        kept = json.loads((Path(checkpoint) / GROUPS).read_text(encoding="utf-8"))
+        for group, values in zip(self.optimizer.param_groups, kept, strict=True):
+            group.update({k: tuple(value) if isinstance(value, list) else value for k, value in values.items()})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Go on with the rank's own random numbers; a rank that has none in the checkpoint starts others."""

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "universal-"
 SHARD = "_optim_states.pt"  # how DeepSpeed's files with one worker's share of the optimizer's state end
-KEPT = ("trainer_state.json", "scheduler.pt", "buffers.safetensors")  # of a checkpoint, besides the random numbers
+# of a checkpoint, besides the random numbers and what is converted
+KEPT = ("trainer_state.json", "scheduler.pt", "buffers.safetensors", "optimizer_groups.json")
 SWAPPED = "offloaded_tensors/"  # what ZeRO-Infinity had on a disk
 
 

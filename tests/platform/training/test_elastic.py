@@ -150,7 +150,7 @@ def test_a_job_outlives_a_lost_node_grows_with_a_new_one_and_leaves_a_drained_on
     losses, expected = undisturbed(tmp_path)
     caplog.set_level("INFO", logger="tenfold")
     gate, first = tmp_path / "open", nodes.add_node(num_cpus=1)
-    compute = Compute(workers=Workers(min=1, max=2), deepspeed="zero2", start_timeout_s=200)
+    compute = Compute(workers=Workers(min=1, max=2), deepspeed="zero2")
     # steps after the first checkpoint are slow until all has happened: there is time for it, however busy this machine
     slow = {"from": SAVED + 1, "seconds": 1.0, "until": str(gate)}
     context, job = start(compute, slow=slow)
@@ -159,19 +159,21 @@ def test_a_job_outlives_a_lost_node_grows_with_a_new_one_and_leaves_a_drained_on
     def records(attempt):
         return [record for record in list_checkpoints(context.storage, JOB) if attempt in record.path]
 
-    def wait_for(attempt):
-        wait_until(lambda: attempt in recorded(tmp_path / "rows"), f"training in {attempt}")
+    def begun(number):
+        """Return the name of the start of this number that has got to work: some may have found no room."""
+        names = sorted(recorded(tmp_path / "rows"))
+        return names[number - 1] if len(names) >= number else None
 
     def events():
-        wait_until(lambda: records("attempt-001"), "a checkpoint of two workers")
+        wait_until(lambda: begun(1) and records(begun(1)), "a checkpoint of two workers")
         nodes.remove_node(first, allow_graceful=False)
-        wait_for("attempt-002")
+        wait_until(lambda: begun(2), "training after the loss")
         second = nodes.add_node(num_cpus=1)
-        wait_for("attempt-003")
+        wait_until(lambda: begun(3), "training on the new node")
         deadline = time.time() + 120
         ray._raylet.GcsClient(address=nodes.address).drain_node(second.node_id, 2, "taken back", int(deadline * 1000))
-        wait_for("attempt-004")
-        drained.update(kept=records("attempt-003"), in_time=time.time() < deadline)
+        wait_until(lambda: begun(4), "training after the drained node")
+        drained.update(kept=records(begun(3)), in_time=time.time() < deadline)
         gate.touch()
         nodes.remove_node(second)
 
@@ -180,8 +182,9 @@ def test_a_job_outlives_a_lost_node_grows_with_a_new_one_and_leaves_a_drained_on
     others.finish()
 
     assert result.best.step == STEPS
-    sizes = {f"attempt-{n:03d}": {record.world_size for record in records(f"attempt-{n:03d}")} for n in (1, 2, 3, 4)}
-    assert sizes == {"attempt-001": {2}, "attempt-002": {1}, "attempt-003": {2}, "attempt-004": {1}}
+    rows = recorded(tmp_path / "rows")
+    names = sorted(rows)
+    assert [{record.world_size for record in records(name)} for name in names] == [{2}, {1}, {2}, {1}]
     assert caplog.text.count("more such losses are allowed") == 1
     assert "there is room for 2 workers instead of 1" in caplog.text
     assert "will be taken away" in caplog.text
@@ -189,17 +192,16 @@ def test_a_job_outlives_a_lost_node_grows_with_a_new_one_and_leaves_a_drained_on
     assert drained["kept"]
     assert drained["in_time"]
 
-    rows = recorded(tmp_path / "rows")
-    spans = {name: (min(steps), max(steps)) for name, steps in sorted(rows.items())}
-    lost = max(record.step for record in records("attempt-001"))
-    assert spans["attempt-001"][0] == 1
-    assert spans["attempt-002"][0] == lost + 1
+    lost, shrunk, grown, left = ((min(rows[name]), max(rows[name])) for name in names)
+    kept = max(record.step for record in records(names[0]))
+    assert lost[0] == 1
+    assert shrunk[0] == kept + 1
     # growing and leaving repeat no step and leave none out
-    assert spans["attempt-003"][0] == spans["attempt-002"][1] + 1
-    assert spans["attempt-004"] == (spans["attempt-003"][1] + 1, STEPS)
+    assert grown[0] == shrunk[1] + 1
+    assert left == (grown[1] + 1, STEPS)
     for name, steps in rows.items():
         for step, found in steps.items():
-            if name != "attempt-001" or step <= lost:  # of those that the loss cut short some were begun by one rank
+            if name != names[0] or step <= kept:  # of those that the loss cut short some were begun by one rank
                 assert found == expected[step], (name, step)
 
     found = logged_losses(context)
@@ -211,7 +213,7 @@ def test_a_job_outlives_a_lost_node_grows_with_a_new_one_and_leaves_a_drained_on
 
 def test_a_worker_that_hangs_is_named_and_its_job_starts_again(nodes, start, tmp_path, caplog):
     hang = {"rank": 0, "step": SAVED + 3, "mark": str(tmp_path / "hung")}
-    context, job = start(Compute(deepspeed="zero0", hang_timeout_s=10), hang=hang)
+    context, job = start(Compute(deepspeed="zero0", hang_timeout_s=20), hang=hang)
     result = train_job(context, job)
     assert result.best.step == STEPS
     told = re.search(

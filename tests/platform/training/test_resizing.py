@@ -24,6 +24,7 @@ OPTIONS = TrainingOptions(
     num_train_epochs=2,
     per_device_train_batch_size=2,
     learning_rate=1e-2,
+    weight_decay=0.5,  # of matrices only: a group of its own
     adam_epsilon=1e-3,  # with the default the sign of a gradient of 1e-9 would decide about whole updates
     logging_steps=1,
     eval_strategy="no",

@@ -109,6 +109,7 @@ def build(context):
         eval_dataset=rows[:3],
         data_collator=collate,
         compute_metrics=perplexity_metrics,
+        projector_learning_rate=3e-2,
     )
     trainer.plan = context.config
     return trainer
