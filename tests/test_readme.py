@@ -27,6 +27,8 @@ HERE = "tests/test_readme.py::"
 EXECUTED = {
     "make demo": HERE + "test_the_demo_trains_compares_and_answers",
     "make test": HERE + "test_make_test_runs_all_tests",
+    "make chaos SEED=3": "tests/chaos/test_chaos.py::"
+    "test_a_training_that_loses_workers_nodes_store_and_tracker_ends_as_if_undisturbed",
     "tenfold doctor": HERE + "test_doctor_finds_this_machine_fit",
     "tenfold methods": HERE + "test_methods_are_listed",
     "tenfold methods dskd": HERE + "test_methods_are_listed",
