@@ -108,9 +108,9 @@ def play(
     losses = sum(event.kind in LOSSES for event in plan)
     compute = Compute(workers=Workers(min=1, max=NODES), deepspeed=deepspeed, max_failures=2 * losses)
     with (
+        scene(folder) as made,
         undisturbed(folder, steps, deepspeed, NODES) as wait_for_two,
         undisturbed(folder, steps, deepspeed, 1) as wait_for_one,
-        scene(folder) as made,
         logged(folder / "log"),
     ):
         tracker = Tracker.start(
@@ -143,7 +143,7 @@ def play(
             status,
             len(made.spool.unsent()),
         )
-        return Result(director.happened, verdict, wait_for_two(), (folder / "log").read_text())
+    return Result(director.happened, verdict, wait_for_two(), (folder / "log").read_text())
 
 
 def mlflow_says(uri: str, run_id: str) -> tuple[str, list[tuple[int, float]]]:

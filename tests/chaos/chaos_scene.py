@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +49,7 @@ def module_of(path: Path) -> Any:
 _shared = module_of(TESTS / "conftest.py")  # sets the environment that tests have, before Ray is imported
 S3 = module_of(TESTS / "platform" / "conftest.py").S3
 
+from tenfold.platform.patience import patiently  # noqa: E402
 from tenfold.platform.storage import Storage  # noqa: E402
 from tenfold.platform.tracking_spool import Spool  # noqa: E402
 from tenfold.platform.training.checkpoints import list_checkpoints  # noqa: E402
@@ -239,12 +242,15 @@ def scene(folder: Path) -> Iterator[Scene]:
         patch.setattr(watch, "GROW_SECONDS", 1.0)
         patch.setattr(launch, "PLACEMENT_SECONDS", 30.0)
 
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
         s3 = S3()
         stack.callback(s3.stop)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        made = Scene(folder, None, s3, Storage(s3.uri("runs/chaos")), f"http://127.0.0.1:{port}")
+        # what the first request loads takes longer than a client waits, on a busy machine
+        place = patiently(lambda: s3.uri("runs/chaos"), WAIT_SECONDS, "of this test")
+        made = Scene(folder, None, s3, Storage(place), f"http://127.0.0.1:{port}")
         made.permit(0, 0)
         stack.callback(made.stop_mlflow)
         starting = threading.Thread(target=made.start_mlflow)
@@ -292,19 +298,25 @@ def undisturbed(folder: Path, steps: int, deepspeed: str, workers: int) -> Itera
     }
     (place / "jobs.json").write_text(json.dumps([job]))
     paths = os.pathsep.join([str(HERE), str(TOY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with (place / "log").open("w") as log, no_process_left():
+    with (place / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(TOY / "training_ranks.py"), str(place / "jobs.json"), str(workers)],
             stdout=log,
             stderr=log,
             env={**os.environ, "PYTHONPATH": paths},
+            start_new_session=True,
         )
 
-        def result() -> Reference:
-            if process.wait(WAIT_SECONDS) != 0:
-                raise RuntimeError(f"the undisturbed training failed: {(place / 'log').read_text()[-2000:]}")
-            attempt = recorded(place / "rows")[name]
-            rows = {step: attempt.whole_rows(step) for step in attempt.rows}
-            return Reference(attempt.losses, {step: found for step, found in rows.items() if found}, place)
+    def result() -> Reference:
+        if process.wait(WAIT_SECONDS) != 0:
+            raise RuntimeError(f"the undisturbed training failed: {(place / 'log').read_text()[-2000:]}")
+        attempt = recorded(place / "rows")[name]
+        rows = {step: attempt.whole_rows(step) for step in attempt.rows}
+        return Reference(attempt.losses, {step: found for step, found in rows.items() if found}, place)
 
+    try:
         yield result
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -94,7 +94,6 @@ def relative(found: float, expected: float) -> float:
 def history_of(attempts: dict[str, Attempt]) -> tuple[dict[int, Step], list[tuple[str, int, float]], list[str]]:
     """Return the final model's steps, what was lost of it, and where the chain of attempts has gaps."""
     history: dict[int, Step] = {}
-    lost: list[tuple[str, int, float]] = []
     gaps: list[str] = []
     names, before = list(attempts), 0
     for place, name in enumerate(names):
@@ -102,12 +101,19 @@ def history_of(attempts: dict[str, Attempt]) -> tuple[dict[int, Step], list[tupl
         first = min(attempt.rows)
         if first > before + 1:
             gaps.append(f"{name} begins with step {first} after step {before}")
-        last = max(attempt.rows) if place + 1 == len(names) else min(attempts[names[place + 1]].rows) - 1
+        last = max(attempt.rows)
+        if place + 1 < len(names):
+            last = min(last, min(attempts[names[place + 1]].rows) - 1)
         for step in range(first, last + 1):
             loss = attempt.losses.get(step, math.nan)
             history[step] = Step(name, attempt.size, attempt.whole_rows(step), loss)
-        lost += [(name, step, loss) for step, loss in sorted(attempt.losses.items()) if step > last]
         before = last
+    lost = [
+        (name, step, loss)
+        for name, attempt in attempts.items()
+        for step, loss in sorted(attempt.losses.items())
+        if step not in history or history[step].attempt != name
+    ]
     return history, lost, gaps
 
 
@@ -166,7 +172,8 @@ def judge(
     ]
     differences = {step: relative(found.loss, two.losses[step]) for step, found in history.items()}
     verdict.largest_difference = max(differences.values())
-    verdict.final = (history[steps].loss, two.losses[steps])
+    if steps in history:
+        verdict.final = (history[steps].loss, two.losses[steps])
     claims["all losses, the last one included, are those of the undisturbed training"] = [
         f"step {step}: {history[step].loss} instead of {two.losses[step]}"
         for step, difference in differences.items()
