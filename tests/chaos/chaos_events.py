@@ -65,7 +65,7 @@ def drain_node(scene: Scene, planned: Planned) -> str:
     scene.go_on()
     told = new_start(scene, name)
     left = time.time() < deadline
-    scene.kill_node(node)
+    scene.end_node(node)
     return f"{told}, {'before' if left else 'after'} the end of the notice"
 
 

@@ -180,6 +180,11 @@ class Scene:
         self.cluster.remove_node(node, allow_graceful=False)  # only takes it off the list now
         return len(processes)
 
+    def end_node(self, node: Any) -> None:
+        """End a node as a cloud does after its notice: it says goodbye to the cluster."""
+        self.nodes.remove(node)
+        self.cluster.remove_node(node)
+
     def start_mlflow(self) -> None:
         """Start the server, or start it again with the same database; return when it answers."""
         folder = self.folder / "mlflow"
