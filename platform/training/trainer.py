@@ -190,6 +190,10 @@ class Trainer(transformers.Trainer):
         kept = json.loads((Path(checkpoint) / GROUPS).read_text(encoding="utf-8"))
         for group, values in zip(self.optimizer.param_groups, kept, strict=True):
             group.update({k: tuple(value) if isinstance(value, list) else value for k, value in values.items()})
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                # under ZeRO-3 all groups get the same tensor, which each of them would count up in every step
+                state["step"] = state["step"].clone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Go on with the rank's own random numbers; a rank that has none in the checkpoint starts others."""

@@ -97,10 +97,11 @@ class Watch:
         if problem is not None and self._controller is not None and not self._done.is_set():
             self.finding = problem
             self._done.set()
-            ray.kill(self._controller)  # its workers, stuck or not, go with it
+            end_job(self._controller)
         elif self._wish is None:
             self._look_at_nodes(beats)
-            if self._wish is None and self.size < self.room.largest_ever:
+            # before the first steps Ray may not know yet what this start has taken
+            if self._wish is None and self.size < self.room.largest_ever and all(beat.stepped for beat in beats):
                 self._look_for_room()
         else:
             self._ask(self._wish)
@@ -149,6 +150,23 @@ class Watch:
     def _ask(self, reason: str) -> None:
         self._wish = reason
         self.pulse.ask_to_stop.remote(self.attempt, reason)
+
+
+def end_job(controller: Any) -> None:
+    """End a job from outside: its workers, stuck or not, go, and what they reserved is free again.
+
+    Ray Train's own way ends the controller last. One that does not answer, since it waits for workers to start, is
+    killed; Ray then finds out after a while that nobody needs its reservation.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    try:
+        ray.get(controller.abort.remote(), timeout=ANSWER_SECONDS)
+    except RayActorError:
+        return
+    except GetTimeoutError:
+        ray.kill(controller)
 
 
 def hang_message(beats: Sequence[Beat], late: Sequence[Beat]) -> str:

@@ -3,13 +3,13 @@
 import itertools
 
 import pytest
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, prepare_data_loader, skip_first_batches
 from tenfold.platform.errors import ConfigError
 from tenfold.platform.experiment import Compute, Workers, load_experiment
 from tenfold.platform.run import plan
 from tenfold.platform.training.rows import EvenRows, LengthGroups
 from tenfold.platform.training.sizes import accumulation_at, shares, usable_sizes
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,25 @@ def test_rows_of_every_step_are_the_same_at_every_size_also_at_the_end_of_an_epo
         steps[size] = [sorted(itertools.chain(*batches[at : at + passes])) for at in range(0, len(batches), passes)]
     assert len(steps[4]) == 2
     assert all(found == steps[4] for found in steps.values())
+
+
+def test_the_order_of_a_later_epoch_is_kept_where_its_first_batches_are_skipped():
+    def dealt(workers, skipped):
+        found = []
+        for rank in range(workers):
+            order = EvenRows(SeedableRandomSampler(range(10), data_seed=7), 4)
+            rows = DataLoader(list(range(10)), batch_size=2, sampler=order)
+            loader = prepare_data_loader(rows, num_processes=workers, process_index=rank, use_seedable_sampler=True)
+            loader.set_sampler(order)  # as the Trainer does
+            loader = skip_first_batches(loader, skipped) if skipped else loader
+            loader.set_epoch(1)
+            found.append([batch.tolist() for batch in loader])
+        return [batch for batches in zip(*found, strict=True) for batch in batches]
+
+    whole = dealt(2, 0)
+    assert len(whole) == 6
+    assert dealt(1, 0) == whole
+    assert dealt(2, 1) == dealt(1, 2) == whole[2:]
 
 
 def test_rows_of_like_length_come_in_an_order_that_seed_and_epoch_decide():

@@ -78,22 +78,30 @@ class ToyTrainer(Trainer):
         if batches:
             record = Path(self.plan["record"])
             record.mkdir(parents=True, exist_ok=True)
-            line = {"step": step, "rows": [batch["rows"].tolist() for batch in batches]}
-            with (record / f"{os.getpid()}.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            time.sleep(self.plan.get("pause", 0))
+            rows = [batch["rows"].tolist() for batch in batches]
+            line = {"attempt": attempt(), "ranks": self.args.world_size, "step": step, "rows": rows}
+            (record / f"{time.time_ns()}-{os.getpid()}.jsonl").write_text(json.dumps(line) + "\n")
             self.model.drift += 0.05
-        hang = self.plan.get("hang")
+        slow, hang = self.plan.get("slow"), self.plan.get("hang")
+        if slow and step >= slow["from"] and not Path(slow["until"]).exists():
+            time.sleep(slow["seconds"])
         if (
             hang
-            and hang["rank"] == self.args.process_index
-            and hang["step"] == step
+            and (hang["rank"], hang["step"]) == (self.args.process_index, step)
             and not Path(hang["mark"]).exists()
         ):
             Path(hang["mark"]).touch()
             while True:
                 time.sleep(60)
         return batches, items
+
+
+def attempt():
+    """Return the start of the job that this process belongs to; empty without Ray."""
+    import ray
+    import ray.train
+
+    return ray.train.get_context().get_experiment_name() if ray.is_initialized() else ""
 
 
 def build(context):
@@ -118,9 +126,17 @@ def build(context):
 def recorded(folder):
     """Return attempt -> step -> sorted rows of all workers, of every step that they have begun."""
     found = {}
-    for file in Path(folder).glob("*.jsonl"):
-        for line in file.read_text().splitlines():  # none yet while it is written
-            data = json.loads(line)
-            steps = found.setdefault(data["attempt"], {})
-            steps.setdefault(data["step"], []).extend(row for batch in data["rows"] for row in batch)
+    for line in _lines(folder):
+        steps = found.setdefault(line["attempt"], {})
+        steps.setdefault(line["step"], []).extend(row for batch in line["rows"] for row in batch)
     return {name: {step: sorted(rows) for step, rows in steps.items()} for name, steps in found.items()}
+
+
+def sizes(folder):
+    """Return attempt -> number of workers, of those that have begun a step, in their order."""
+    return dict(sorted((line["attempt"], line["ranks"]) for line in _lines(folder)))
+
+
+def _lines(folder):
+    # a file has no line yet while it is written
+    return [json.loads(line) for file in Path(folder).glob("*.jsonl") for line in file.read_text().splitlines()]
