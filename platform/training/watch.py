@@ -101,7 +101,7 @@ class Watch:
         elif self._wish is None:
             self._look_at_nodes(beats)
             # before the first steps Ray may not know yet what this start has taken
-            if self._wish is None and self.size < self.room.largest_ever and all(beat.stepped for beat in beats):
+            if self._wish is None and self._may_grow(beats):
                 self._look_for_room()
         else:
             self._ask(self._wish)
@@ -135,6 +135,10 @@ class Watch:
                 ", ".join(hosts),
             )
             self._ask(PREEMPTED)
+
+    def _may_grow(self, beats: Sequence[Beat]) -> bool:
+        """Say whether more workers are of use: before the first steps, the room of those that start is still free."""
+        return self.size < self.room.largest_ever and self.all_started and all(beat.stepped for beat in beats)
 
     def _look_for_room(self) -> None:
         larger, now = self.room.largest(self.size), time.monotonic()
