@@ -81,7 +81,12 @@ def cut_storage(scene: Scene, planned: Planned) -> str:
     finally:
         scene.s3.is_open = True
     away, refused = time.monotonic() - begun, scene.s3.refused - refused
-    saved = scene.wait(lambda: max(0, scene.newest_checkpoint() - step + 1), "checkpoint after the cut") + step - 1
+
+    def saved_since() -> int | None:
+        newest = scene.newest_checkpoint()
+        return newest if newest >= step else None
+
+    saved = scene.wait(saved_since, "checkpoint after the cut")
     same = "the same workers" if scene.progress()[0] == name else "other workers"
     return f"away for {away:.1f} s, {refused} requests refused; {same} went on, next checkpoint: step {saved}"
 
