@@ -127,8 +127,8 @@ def play(
             made.ended.set()
             if director.is_alive():
                 director.join()
-        if director.error is not None:
-            raise director.error
+            if director.error is not None:  # it comes before what it has led to
+                raise director.error
         tracker.finish("FINISHED")
         status, history = mlflow_says(made.mlflow, tracker.run_id)
         checkpoint = made.storage.download(result.best.path, folder / "last-checkpoint")

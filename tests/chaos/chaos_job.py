@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenfold.platform.training.trainer import Trainer
+from tenfold.platform.training.trainer import Trainer, perplexity_metrics
 from toy_job import ToyModule, collate
 
 LOOK_SECONDS = 0.05
@@ -64,11 +64,14 @@ def build(context):
 
     with seeded(context.seed):
         module = ToyModule()
+    rows = [{"row": number} for number in range(context.config["rows"])]
     trainer = ChaosTrainer(
         model=module,
         args=context.arguments,
-        train_dataset=[{"row": number} for number in range(context.config["rows"])],
+        train_dataset=rows,
+        eval_dataset=rows[:3],
         data_collator=collate,
+        compute_metrics=perplexity_metrics,
     )
     trainer.plan = context.config
     trainer.attempt = context.config.get("attempt") or ray.train.get_context().get_experiment_name()

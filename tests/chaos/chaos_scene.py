@@ -267,7 +267,8 @@ def scene(folder: Path) -> Iterator[Scene]:
             # the default takes up to half a minute to find a node dead
             "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 10},
         }
-        made.cluster = Cluster(initialize_head=True, head_node_args=head)
+        # Ray's own handlers for the end of this process cannot be set from the thread that adds nodes later
+        made.cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         stack.callback(made.cluster.shutdown)
         stack.callback(ray.shutdown)
         ray.init(address=made.cluster.address, log_to_driver=False)
