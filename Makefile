@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo cluster-demo test lint postgres
+.PHONY: setup demo cluster-demo chaos test lint postgres
 
 setup: .venv/ready
 
@@ -44,3 +44,10 @@ postgres:
 
 test: setup postgres
 	$(BIN)/python -m pytest
+
+# One training that is disturbed in every way: SEED decides when, each kind of event happens ROUNDS times at least.
+SEED ?= 1
+STEPS ?= 60
+ROUNDS ?= 2
+chaos: setup
+	PYTHONPATH=tests/platform/training $(BIN)/python tests/chaos/chaos.py --seed $(SEED) --steps $(STEPS) --rounds $(ROUNDS)

@@ -27,6 +27,8 @@ from tenfold.platform.tracking_delivery import (
     deliver,
     describe,
     is_refusal,
+    last_steps,
+    not_yet_logged,
     single,
     storable,
 )
@@ -94,6 +96,7 @@ class Tracker:
         self._refused = 0
         self._refusals_said: set[str] = set()
         self._lost = 0
+        self._logged: dict[str, int] | None = None  # metric -> last step that MLflow has; None when not known
 
     @classmethod
     def start(
@@ -194,7 +197,7 @@ class Tracker:
         if limited != values:
             self.log_dict(values, "params.json")
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None, *, again: bool = False) -> None:
         """Log numbers of one step.
 
         NaN is kept as NaN; MLflow's SQL stores show infinity as the largest float. A value that is no number is left
@@ -203,6 +206,7 @@ class Tracker:
         Args:
             metrics: name -> value; names may hold letters, digits and `_-. :/`.
             step: optimizer step; None counts as 0.
+            again: steps may have been logged by a process whose work was lost; MLflow keeps what it has of them.
         """
         numbers: dict[str, float] = {}
         for name, value in metrics.items():
@@ -212,7 +216,7 @@ class Tracker:
                 logger.warning("metric %s = %r is not a number; left out", name, value)
         if numbers:
             record = {"op": "metrics", "metrics": numbers, "step": int(step or 0), "time": int(time.time() * 1000)}
-            self._submit(record)
+            self._submit({**record, "again": True} if again else record)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; an earlier value is replaced. Values are text of at most 5,000 characters, longer ones are cut."""
@@ -359,7 +363,7 @@ class Tracker:
         with self._spool.sending() as mine:
             if not mine:
                 return
-            sent = 0
+            sent, self._logged = 0, None  # another process may have logged more
             for batch in batches(self._spool.unsent()):
                 left = end - time.monotonic()
                 if left < MIN_CALL_SECONDS or not self._send([kept.record for kept in batch], left):
@@ -376,8 +380,9 @@ class Tracker:
     def _send(self, records: list[dict[str, Any]], seconds: float) -> bool:
         """Deliver records of one kind in one request; False when MLflow is away. Refused records count as done."""
         try:
-            run_with_deadline(lambda: deliver(self._client(), self.run_id, records), seconds, "sending to MLflow")
+            self._logged = run_with_deadline(lambda: self._deliver(records), seconds, "sending to MLflow")
         except Exception as error:
+            self._logged = None
             if not is_refusal(error):
                 self._note_away(error)
                 return False
@@ -392,6 +397,16 @@ class Tracker:
                 self._refusals_said.add(content)
         self._away = False
         return True
+
+    def _deliver(self, records: list[dict[str, Any]]) -> dict[str, int] | None:
+        """Deliver records of one kind but steps that MLflow has already; return the last steps that it has now."""
+        logged = self._logged
+        if any(record.get("again") for record in records):
+            logged = last_steps(self._client(), self.run_id) if logged is None else logged
+            records, logged = not_yet_logged(records, logged)
+        if records:
+            deliver(self._client(), self.run_id, records)
+        return logged
 
     def _note_away(self, error: Exception) -> None:
         self._retry_at = time.monotonic() + RETRY_SECONDS

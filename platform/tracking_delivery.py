@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tenfold.platform.tracking_spool import Spooled
@@ -62,6 +62,36 @@ def _deliver_params(client: MlflowClient, run_id: str, params: dict[str, str]) -
     missing = [Param(key, value) for key, value in params.items() if key not in known]
     for start in range(0, len(missing), MAX_PARAMS):
         client.log_batch(run_id, params=missing[start : start + MAX_PARAMS])
+
+
+def last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+    """Return the last step of every metric that a run has."""
+    return {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}
+
+
+def not_yet_logged(
+    records: list[dict[str, Any]], logged: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Leave out steps that were logged before they were done again; all that is logged comes in the order of steps.
+
+    Args:
+        records: of metrics, in order; those of work that may have been done before are marked `again`.
+        logged: metric -> last step that MLflow has.
+
+    Returns:
+        The records to send, and the last steps when they have been sent.
+    """
+    known, kept = dict(logged), []
+    for record in records:
+        new = {
+            name: value
+            for name, value in record["metrics"].items()
+            if not record.get("again") or record["step"] > known.get(name, -1)
+        }
+        if new:
+            kept.append({**record, "metrics": new})
+        known |= {name: max(record["step"], known.get(name, -1)) for name in new}
+    return kept, known
 
 
 def batches(spooled: list[Spooled]) -> Iterator[list[Spooled]]:

@@ -29,6 +29,8 @@ EXECUTED = {
     "make test": HERE + "test_make_test_runs_all_tests",
     "make cluster-demo": "tests/deploy/test_cluster_demo.py::"
     "test_the_cluster_grows_from_nothing_to_two_nodes_and_back",
+    "make chaos SEED=3": "tests/chaos/test_chaos.py::"
+    "test_a_training_that_loses_workers_nodes_store_and_tracker_ends_as_if_undisturbed",
     "tenfold doctor": HERE + "test_doctor_finds_this_machine_fit",
     "tenfold methods": HERE + "test_methods_are_listed",
     "tenfold methods dskd": HERE + "test_methods_are_listed",

@@ -168,6 +168,8 @@ def _fit_once(context: RunContext, job: TrainingJob, folder: str, watch: Watch) 
         "max_workers": compute.max_workers,
         "shares": watch.room.shares,
         "tracker": asdict(context.tracker.spec()),
+        # several jobs of one MLflow run have the same metrics, and each begins with step 1
+        "again": watch.attempt != f"{ATTEMPT}001" and list(storage.list("train")) == [job.name],
         "cpus_per_worker": compute.cpus_per_worker,
         "gpus_per_worker": compute.gpus_per_worker,
         "quiet": context.trial is not None,

@@ -53,13 +53,22 @@ class ReportCallback(TrainerCallback):
         tracker: where metrics go; None on ranks above 0.
         keep_last: newest checkpoints to keep.
         best_metric: smaller is better; its checkpoint is kept as well.
+        again: an earlier start may have logged the first steps of this one: they are logged once.
     """
 
     def __init__(
-        self, storage: Storage, job: str, attempt: str, tracker: Tracker | None, *, keep_last: int, best_metric: str
+        self,
+        storage: Storage,
+        job: str,
+        attempt: str,
+        tracker: Tracker | None,
+        *,
+        keep_last: int,
+        best_metric: str,
+        again: bool = False,
     ):
         self._storage, self._job, self._attempt, self._tracker = storage, job, attempt, tracker
-        self._keep_last, self._best_metric = keep_last, best_metric
+        self._keep_last, self._best_metric, self._again = keep_last, best_metric, again
         name = job.rpartition("/")[2]
         self._label = "" if name == DEFAULT_JOB else f"{name}: "
         self._metrics: dict[str, float] = {}
@@ -113,7 +122,7 @@ class ReportCallback(TrainerCallback):
             self._metrics.update(metrics)
             self._say(state, metrics)
         if self._tracker is not None and metrics:
-            self._tracker.log_metrics(metrics, step=state.global_step)
+            self._tracker.log_metrics(metrics, step=state.global_step, again=self._again)
 
     def on_evaluate(
         self,

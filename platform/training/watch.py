@@ -100,7 +100,8 @@ class Watch:
             end_job(self._controller)
         elif self._wish is None:
             self._look_at_nodes(beats)
-            if self._wish is None and self.size < self.room.largest_ever and self._has_stepped(beats):
+            # before the first steps Ray may not know yet what this start has taken
+            if self._wish is None and self._may_grow(beats):
                 self._look_for_room()
         else:
             self._ask(self._wish)
@@ -118,10 +119,6 @@ class Watch:
             "disks are full, ask for less, or raise the limit"
         )
 
-    def _has_stepped(self, beats: Sequence[Beat]) -> bool:
-        """Say whether all workers have done a step: before, what they will take still counts as free."""
-        return self.all_started and all(beat.stepped for beat in beats)
-
     def _limit(self, beat: Beat) -> float:
         if beat.event == DONE:
             return math.inf
@@ -138,6 +135,10 @@ class Watch:
                 ", ".join(hosts),
             )
             self._ask(PREEMPTED)
+
+    def _may_grow(self, beats: Sequence[Beat]) -> bool:
+        """Say whether more workers are of use: before the first steps, the room of those that start is still free."""
+        return self.size < self.room.largest_ever and self.all_started and all(beat.stepped for beat in beats)
 
     def _look_for_room(self) -> None:
         larger, now = self.room.largest(self.size), time.monotonic()

@@ -120,6 +120,7 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
                 tracker,
                 keep_last=options.save_total_limit,
                 best_metric=options.metric_for_best,
+                again=payload["again"],
             )
         )
         if rank == 0:

@@ -66,6 +66,34 @@ def test_metrics_keep_their_steps_and_the_last_value(tracker, client):
     assert history(client, tracker.run_id, "train/loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
 
 
+def test_steps_that_are_done_again_after_a_loss_are_logged_once(tracker, client, store, tmp_path):
+    for step in range(1, 5):
+        tracker.log_metrics({"train/loss": 1.0 / step, "once": step}, step)
+    later = Tracker.attach(store, tracker.run_id, tmp_path / "later.jsonl")
+    for step in range(3, 7):
+        later.log_metrics({"train/loss": 10.0 + step, "new": step}, step, again=True)
+    tracker.log_metrics({"train/loss": 99.0}, 2)  # whoever does not say that it is again logs what it wants
+    found = sorted(history(client, tracker.run_id, "train/loss"))
+    assert found == [(1, 1.0), (2, 1 / 2), (2, 99.0), (3, 1 / 3), (4, 1 / 4), (5, 15.0), (6, 16.0)]
+    assert history(client, tracker.run_id, "new") == [(step, step) for step in range(3, 7)]
+
+
+def test_steps_that_are_done_again_while_mlflow_is_away_are_logged_once(tracker, client, store, tmp_path, monkeypatch):
+    spool = tmp_path / "spool.jsonl"
+    tracker.log_metrics({"train/loss": 1.0}, 1)
+    monkeypatch.setattr(tracking, "CALL_SECONDS", 0.6)
+    held = lock(store)
+    for step in (2, 3):
+        tracker.log_metrics({"train/loss": float(step)}, step)
+    later = Tracker.attach(store, tracker.run_id, spool)  # the process before was lost with what it had kept
+    for step in (2, 3, 4):
+        later.log_metrics({"train/loss": 10.0 + step}, step, again=True)
+    held.close()
+    assert later.flush() == 0
+    later.log_metrics({"train/loss": 15.0}, 5, again=True)
+    assert history(client, tracker.run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0), (5, 15.0)]
+
+
 def test_non_finite_metrics_do_not_lose_the_batch(tracker, client):
     tracker.log_metrics({"nan": math.nan, "up": math.inf, "down": -math.inf, "fine": 0.5}, 1)
     metrics = client.get_run(tracker.run_id).data.metrics

@@ -89,6 +89,18 @@ def test_room_for_a_size_that_cannot_be_used_is_no_room(monkeypatch):
     assert (room.is_elastic, room.shares, room.largest_ever) == (True, 4, 4)
 
 
+def test_more_workers_are_of_use_only_when_all_that_there_are_have_stepped():
+    compute = Compute(workers=Workers(min=1, max=4))
+    watch = Watch(None, "attempt-001", 2, Room(compute, (1, 2, 4), "train"), compute)
+    assert not watch._may_grow([])  # they start: what they will take is still free
+    assert not watch._may_grow([beat(0)])
+    watch.all_started = True
+    assert not watch._may_grow([beat(0), beat(1, stepped=False)])
+    assert watch._may_grow([beat(0), beat(1)])
+    watch.size = 4
+    assert not watch._may_grow([beat(0), beat(1)])
+
+
 def stopping(wish):
     heart = Heart(None, "attempt-001", 0)
     heart.wish = wish
