@@ -58,14 +58,6 @@ def test_a_silent_worker_hangs_after_its_limit_and_one_that_is_done_never():
     assert watch._problem([beat(0, idle_s=1e6, event=DONE), beat(1)]) is None
 
 
-def test_room_is_looked_for_only_once_the_workers_have_taken_theirs():
-    assert not watch_of([])._has_stepped([])
-    assert not watch_of([beat(0)])._has_stepped([beat(0)])
-    watch = watch_of([beat(0), beat(1)])
-    assert not watch._has_stepped([beat(0), beat(1, stepped=False)])
-    assert watch._has_stepped([beat(0), beat(1)])
-
-
 def test_workers_that_do_not_start_are_found_with_what_was_asked_for(monkeypatch):
     monkeypatch.setattr("tenfold.platform.training.watch.describe_nodes", lambda: "here (0 of 2 CPU free)")
     watch = watch_of([beat(0)], start_timeout_s=50, cpus_per_worker=2)
