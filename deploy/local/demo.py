@@ -125,7 +125,6 @@ def _set_environment(folder: Path) -> None:
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",  # as `ray up` does
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # nodes come first, as in cluster.yaml
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }

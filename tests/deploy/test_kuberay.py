@@ -21,11 +21,6 @@ class Metadata(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,40}[a-z0-9])?$")]
 
 
-class Variable(Strict):
-    name: str
-    value: str
-
-
 class Port(Strict):
     containerPort: Annotated[int, Field(gt=0, lt=65536)]
     name: Annotated[str, Field(max_length=15)]
@@ -65,7 +60,6 @@ class Toleration(Strict):
 class Container(Strict):
     name: str
     image: str
-    env: list[Variable]
     ports: list[Port] = []
     resources: Resources
     volumeMounts: list[VolumeMount]
