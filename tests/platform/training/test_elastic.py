@@ -61,7 +61,8 @@ def nodes(tmp_path_factory):
             # the default takes up to half a minute to find a node dead
             "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 5},
         }
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        # a node may be added from a thread, where no signal handler can be set
+        cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         try:
             ray.init(address=cluster.address, log_to_driver=False)
             yield cluster
@@ -161,7 +162,7 @@ def test_a_job_outlives_a_lost_node_grows_with_a_new_one_and_leaves_a_drained_on
 
     losses, expected = undisturbed(tmp_path)
     caplog.set_level("INFO", logger="tenfold")
-    gate, first = tmp_path / "open", nodes.add_node(num_cpus=1, shutdown_at_exit=False)
+    gate, first = tmp_path / "open", nodes.add_node(num_cpus=1)
     compute = Compute(workers=Workers(min=1, max=2), deepspeed="zero2")
     # steps after the first checkpoint are slow until all has happened: there is time for it, however busy this machine
     slow = {"from": SAVED + 1, "seconds": 1.0, "until": str(gate)}
@@ -179,7 +180,7 @@ def test_a_job_outlives_a_lost_node_grows_with_a_new_one_and_leaves_a_drained_on
         wait_until(lambda: list_checkpoints(context.storage, JOB), "a checkpoint of two workers")
         nodes.remove_node(first, allow_graceful=False)
         wait_until(lambda: begun(2, 1), "training after the loss")
-        second = nodes.add_node(num_cpus=1, shutdown_at_exit=False)
+        second = nodes.add_node(num_cpus=1)
         wait_until(lambda: begun(2, 1, 2), "training on the new node")
         grown, deadline = max(sizes(tmp_path / "rows")), time.time() + 120
         ray._raylet.GcsClient(address=nodes.address).drain_node(second.node_id, 2, "taken back", int(deadline * 1000))
