@@ -19,5 +19,6 @@ def test_a_training_that_loses_workers_nodes_store_and_tracker_ends_as_if_undist
     # the claims are about something: a loss costs steps, and the number of workers has changed
     assert sorted(result.verdict.history) == list(range(1, STEPS + 1))
     assert {step.size for step in result.verdict.history.values()} == {1, 2}
-    for told in ("does not answer; trying again", "answers again", "will be taken away", "such losses are allowed"):
+    assert any("requests refused; the same workers went on" in event.told for event in result.happened)
+    for told in ("will be taken away", "there is room for 2 workers", "such losses are allowed"):
         assert told in result.log
