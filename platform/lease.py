@@ -82,7 +82,9 @@ class _Lease:
                 continue
             if not mine and not stopped.is_set():
                 logger.error("another process works on %s, so this one stops", self._name)
-                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: it ends what the main thread waits for
+                # as Ctrl-C, which ends what the main thread waits for; a shell's background job does not hear that
+                ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+                os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
                 return
 
     def give_back(self) -> None:

@@ -232,7 +232,7 @@ def pack(loaded: LoadedExperiment, folder: Path) -> None:
     distribution = importlib.metadata.distribution("tenfold")
     about = folder / f"tenfold-{distribution.version}.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text(distribution.read_text("METADATA") or "", encoding="utf-8")
+    (about / "METADATA").write_text(str(distribution.metadata), encoding="utf-8")  # an egg-info has no such file
     (folder / EXPERIMENT).write_text(yaml.safe_dump(loaded.resolved(), sort_keys=False), encoding="utf-8")
 
 

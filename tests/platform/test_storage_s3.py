@@ -1,6 +1,7 @@
 """Storage on a real S3 server: everything that works on a disk, and a server that fails for a while."""
 
 import pickle
+import signal
 import threading
 import time
 
@@ -196,7 +197,21 @@ def test_whoever_waits_gets_the_run_after_its_owner(s3, monkeypatch):
     assert order == ["first", "second"]
 
 
-def test_a_process_whose_run_was_taken_stops(s3, monkeypatch):
+@pytest.fixture(params=["Ctrl-C is heard", "Ctrl-C is not heard"])
+def stop_signals(request):
+    """Let this process hear both signals, or SIGTERM alone, as what a shell starts in the background does."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    heard = stop if request.param == "Ctrl-C is heard" else signal.SIG_IGN
+    before = signal.signal(signal.SIGINT, heard), signal.signal(signal.SIGTERM, stop)
+    yield
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
+
+
+def test_a_process_whose_run_was_taken_stops(s3, monkeypatch, stop_signals):
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
     top = Storage(s3.uri())

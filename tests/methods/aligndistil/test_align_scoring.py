@@ -6,6 +6,7 @@ import pytest
 import torch
 from tenfold.methods.aligndistil import scoring
 from tenfold.methods.aligndistil.extrapolation import Contrast, token_loss
+from tenfold.platform.experiment import Compute
 from tenfold.platform.models.source import ModelSource
 
 COLUMNS = 318  # the models have two outputs more than the tokenizer has entries
@@ -39,7 +40,7 @@ class OnePiece:
     """Stands for a run: maps in this process."""
 
     def __init__(self, workers):
-        self.compute = type("Compute", (), {"workers": workers, "cpus_per_worker": 1, "gpus_per_worker": 0})
+        self.compute = Compute(workers=workers)
         self.seed = 1
 
     def map(self, function, items, **_):
