@@ -89,6 +89,8 @@ def connect(*, address: str | None = None, num_cpus: int | None = None, include_
     _quiet()
     # Relative paths of an experiment mean the same to drivers, trials and workers.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # numba compiles no code that prints once progress bars have put their own function in place of print
+    os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")
     target = cluster_address(address)
     if target is None:
         _start_local(num_cpus, include_dashboard)

@@ -8,6 +8,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two tests run at a time
+os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")  # numba compiles no code that prints once Ray has replaced it
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")  # of the S3 server that tests start, which looks at none
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # every report waits for it; Ray's default is 2
@@ -51,7 +52,7 @@ def uses_shared_cluster(path: Path) -> bool:
 def pytest_collection_modifyitems(items):
     """Put files that share a cluster next to each other, at the end.
 
-    Other tests measure the memory of all processes that this one has had, or compile what Ray's progress bars replace.
+    Other tests measure the memory of all processes that this one has had.
     """
     items.sort(key=lambda item: uses_shared_cluster(item.path))
 

@@ -262,7 +262,8 @@ def test_results_expire_and_are_deleted(start_spatial_server, tmp_path, section,
         # The next one must still be there when it is looked at.
         service.limits = service.limits.model_copy(update={"ttl_s": 3600.0})
         again = submit(client, section).json()
-        assert (again["job_id"], again["status"]) == (job_id, "queued")
+        assert again["job_id"] == job_id
+        assert again["status"] in ("queued", "running")
         assert wait_for(client, job_id, "done")
 
 
