@@ -42,8 +42,12 @@ postgres:
 		echo "no PostgreSQL server (Debian: apt-get install postgresql): its tests are skipped"; \
 	fi
 
+# Files side by side, then those that start a Ray cluster, which takes the machine, one after another.
 test: setup postgres
-	$(BIN)/python -m pytest
+	@failed=0; \
+	$(BIN)/python -m pytest -m "not ray" -n auto --maxprocesses 4 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m ray || failed=1; \
+	exit $$failed
 
 # One training that is disturbed in every way: SEED decides when, each kind of event happens ROUNDS times at least.
 SEED ?= 1
