@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenfold.platform.training.trainer import Trainer, perplexity_metrics
-from toy_job import ToyModule, collate
+import toy_job
+from tenfold.platform.training.trainer import Trainer
 
 LOOK_SECONDS = 0.05
 
@@ -60,20 +60,8 @@ class ChaosTrainer(Trainer):
 def build(context):
     """Return the Trainer of a worker."""
     import ray.train
-    from tenfold.platform.models.randomness import seeded
 
-    with seeded(context.seed):
-        module = ToyModule()
-    rows = [{"row": number} for number in range(context.config["rows"])]
-    trainer = ChaosTrainer(
-        model=module,
-        args=context.arguments,
-        train_dataset=rows,
-        eval_dataset=rows[:3],
-        data_collator=collate,
-        compute_metrics=perplexity_metrics,
-    )
-    trainer.plan = context.config
+    trainer = toy_job.build(context, ChaosTrainer)
     trainer.attempt = context.config.get("attempt") or ray.train.get_context().get_experiment_name()
     return trainer
 

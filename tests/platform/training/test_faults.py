@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,39 +22,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STEPS, WAIT_SECONDS = 12, 300
 EXPERIMENT = {
-    "method": "dskd",
-    "config": {
-        "student": {
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 256,
-            },
-            "tokenizer": "sample:models/stories260K",
-        },
-        "teacher": {"model": "sample:models/stories260K"},
-        "data": {
-            "train": [{"path": "sample:instruct/short_instructions.json", "stop": 40}],
-            "validation_ratio": 0.2,
-            "template": "none",
-            "max_length": 128,
-            "max_prompt_length": 96,
-        },
-        "s2t_refresh_every": 3,
-        "training": {
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 1,
-            "eval_strategy": "no",
-            "save_strategy": "steps",
-            "save_steps": 2,
-        },
-        "evaluation": {"seeds": [10], "generation": {"max_new_tokens": 2}, "max_rows": 2},
-    },
-    "compute": {"workers": 2, "deepspeed": "zero2"},
+    "base": str(Path(__file__).with_name("small_distillation.yaml")),
+    "config": {"s2t_refresh_every": 3, "training": {"max_steps": STEPS, "save_steps": 2}},
 }
 
 

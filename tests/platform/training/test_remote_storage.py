@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
-from tenfold.platform import lease
+from tenfold.platform import cluster, lease
 from tenfold.platform.errors import StorageError
 from tenfold.platform.experiment import load_experiment
 from tenfold.platform.models.export import export_model
@@ -23,40 +24,18 @@ STEPS, WAIT_SECONDS = 8, 300
 JOB = f"train/{DEFAULT_JOB}"
 EXPERIMENT = {
     "name": "remote",
-    "method": "dskd",
-    "config": {
-        "student": {
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 256,
-            },
-            "tokenizer": "sample:models/stories260K",
-        },
-        "teacher": {"model": "sample:models/stories260K"},
-        "data": {
-            "train": [{"path": "sample:instruct/short_instructions.json", "stop": 40}],
-            "validation_ratio": 0.2,
-            "template": "none",
-            "max_length": 128,
-            "max_prompt_length": 96,
-        },
-        "training": {
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 1,
-            "eval_strategy": "no",
-            "save_strategy": "steps",
-            "save_steps": 1,
-            "save_total_limit": STEPS,
-        },
-        "evaluation": {"seeds": [10], "generation": {"max_new_tokens": 2}, "max_rows": 2},
-    },
-    "compute": {"workers": 2, "deepspeed": "zero2"},
+    "base": str(Path(__file__).with_name("small_distillation.yaml")),
+    "config": {"training": {"max_steps": STEPS, "save_steps": 1, "save_total_limit": STEPS}},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cluster():
+    """A cluster without what earlier trainings may have left: two ranks need all of its cores."""
+    cluster.shutdown()
+    cluster.connect(num_cpus=2, include_dashboard=False)
+    yield
+    cluster.shutdown()
 
 
 def steps_saved(storage):
@@ -71,7 +50,7 @@ def wait_until(condition, process, log):
         time.sleep(0.1)
 
 
-def test_a_run_on_s3_outlives_outages_and_a_killed_driver(ray_session, s3, tmp_path, tracking_uri, monkeypatch):
+def test_a_run_on_s3_outlives_outages_and_a_killed_driver(s3, tmp_path, tracking_uri, monkeypatch):
     import ray
 
     uri = s3.uri()

@@ -104,13 +104,14 @@ def attempt():
     return ray.train.get_context().get_experiment_name() if ray.is_initialized() else ""
 
 
-def build(context):
+def build(context, trainer_class=ToyTrainer):
+    """Return a worker's Trainer, whose `plan` is the configuration."""
     from tenfold.platform.models.randomness import seeded as drawn
 
     with drawn(context.seed):
         module = ToyModule()
     rows = [{"row": number} for number in range(context.config["rows"])]
-    trainer = ToyTrainer(
+    trainer = trainer_class(
         model=module,
         args=context.arguments,
         train_dataset=rows,
