@@ -127,7 +127,8 @@ def play(
             made.ended.set()
             if director.is_alive():
                 director.join()
-            if director.error is not None:  # it comes before what it has led to
+            # it comes before what it has led to; Ctrl-C has led to it
+            if director.error is not None and not isinstance(sys.exception(), KeyboardInterrupt):
                 raise director.error
         tracker.finish("FINISHED")
         status, history = mlflow_says(made.mlflow, tracker.run_id)
@@ -200,6 +201,8 @@ def main() -> None:
     result = None
     try:
         result = play(folder, plan, given.steps, deepspeed=given.deepspeed, say=say)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the cluster is gone")
     finally:
         if (folder / "log").exists():
             shutil.copyfile(folder / "log", given.output / "log")
