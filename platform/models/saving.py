@@ -10,7 +10,26 @@ from tenfold.platform.models.folder import new_folder
 from tenfold.platform.models.manifest import Manifest, Parent, write_manifest
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def without_tied_copies(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that a model folder needs: a tied head is the embedding, and is made from it when loaded.
+
+    `save_pretrained` leaves out what shares memory; gathered weights share none any more.
+
+    Args:
+        model: of transformers; of another one all weights are returned.
+        weights: its whole state dict. What is tied by name and differs all the same is kept.
+    """
+    import torch
+
+    kept = dict(weights)
+    for copy, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if copy in kept and source in kept and torch.equal(kept[copy], kept[source]):
+            del kept[copy]
+    return kept
 
 
 def save_model(

@@ -14,6 +14,7 @@ import transformers
 from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file, save_file
 from tenfold.platform.models.adapters import merged_weights
+from tenfold.platform.models.saving import without_tied_copies
 from tenfold.platform.training.rows import EvenRows, LengthGroups
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
@@ -215,7 +216,8 @@ class Trainer(transformers.Trainer):
         prefix = "exported."
         weights = state_dict if state_dict is not None else self.model.state_dict()
         kept = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        self.model.exported.save_pretrained(folder, state_dict=merged_weights(self.model.exported, kept))
+        model = self.model.exported
+        model.save_pretrained(folder, state_dict=without_tied_copies(model, merged_weights(model, kept)))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
