@@ -31,6 +31,7 @@ class Room:
     def __init__(self, compute: Compute, sizes: Sequence[int], name: str) -> None:
         self._compute, self._sizes, self._name = compute, sizes, name
         self._requester: Any = None
+        self._asked = 0
 
     def __enter__(self) -> Room:
         return self
@@ -65,6 +66,7 @@ class Room:
             fits = self.largest(0)
             waited = time.monotonic() - start
             if fits == largest or (fits and waited > SETTLE_SECONDS):
+                self.ask(0)  # from here on Ray Train asks for these, and an autoscaler adds the two
                 return fits
             if waited > self._compute.start_timeout_s:
                 raise self.missing(smallest)
@@ -111,10 +113,14 @@ class Room:
                 use_gpu=self._compute.gpus_per_worker > 0,
                 resources_per_worker=worker_resources(self._compute),
             )
-            self._requester.maybe_send_resource_request(scaling, workers)
+            if workers == self._asked:
+                self._requester.maybe_send_resource_request(scaling, workers)  # now and then, so that it stays
+            else:
+                self._requester.send_resource_request(scaling, workers)
         elif self._requester is not None:
             self._requester.cancel_resource_request()
             self._requester = None
+        self._asked = workers
 
     def asked(self, workers: int) -> str:
         """Return what so many workers take, for messages."""
