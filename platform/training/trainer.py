@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tenfold.platform.models.adapters import merged_weights
 from tenfold.platform.models.saving import without_tied_copies
 from tenfold.platform.training.rows import EvenRows, LengthGroups
+from tenfold.platform.training.trial_step import forget_trial_step
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -114,6 +115,8 @@ class Trainer(transformers.Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Build the schedule; `cosine_floor` takes each group's own rate down to the absolute floor 1e-7."""
+        # transformers calls this when the optimizer is DeepSpeed's, and before it loads a checkpoint
+        forget_trial_step(getattr(self.optimizer, "optimizer", None))
         if self.lr_scheduler is None and self._cosine_floor:
             self.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
                 optimizer or self.optimizer, T_max=num_training_steps, eta_min=COSINE_FLOOR
