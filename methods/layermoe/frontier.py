@@ -19,15 +19,14 @@ NEW, OLD, ADDED = "eval/new/nats_per_byte", "eval/old/nats_per_byte", "eval/adde
 
 def frontier_rows(trials: Sequence[Trial]) -> list[ParetoRow]:
     """Return a row for each setting, in the mean over its seeds; trials without these measures are left out."""
+    constant = {key for key in trials[0].values if len({str(t.values[key]) for t in trials}) == 1} if trials else set()
     settings: dict[tuple[str, str], list[dict[str, float]]] = {}
     for trial in trials:
         if not {NEW, OLD, ADDED} <= trial.metrics.keys():
             continue
         kind = " ".join(str(trial.values[key]) for key in KINDS if key in trial.values)
-        rest = {
-            key.rpartition(".")[2]: value for key, value in trial.values.items() if key not in KINDS and key != "seed"
-        }
-        name = ", ".join(f"{key} {value}" for key, value in rest.items())
+        rest = {key: value for key, value in trial.values.items() if key not in {*KINDS, *constant, "seed"}}
+        name = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in rest.items())
         settings.setdefault((kind or name, name or kind), []).append(trial.metrics)
     return [
         ParetoRow(name, kind, *(statistics.fmean(each[key] for each in metrics) for key in (ADDED, NEW, OLD)))

@@ -14,7 +14,7 @@ from tenfold.platform.experiment import Sweep
 from tenfold.platform.figures import new_figure
 from tenfold.platform.run import read_state
 from tenfold.platform.storage import Storage
-from tenfold.platform.tuning.space import label, short_names, show
+from tenfold.platform.tuning.space import label, short_names, show, varied
 from tenfold.platform.tuning.trial import TRIAL, TrialReports, trial_run_ids
 
 if TYPE_CHECKING:
@@ -141,11 +141,11 @@ def table_csv(result: SweepResult) -> str:
 
 
 def figure(result: SweepResult) -> Figure:
-    """Draw the optimised metric over training, and against every swept option.
+    """Draw the optimised metric over training, and against every swept option that varies.
 
     Trials of one value of the first option have one colour; crosses are trials that were stopped early.
     """
-    keys = [key for key in result.sweep.space if key != "seed"] or list(result.sweep.space)
+    keys = varied(result.sweep) or list(result.sweep.space)
     names = short_names(keys)
     colours = _colours(result, keys[0])
     has_curves = any(len(trial.reports) > 1 for trial in result.trials)  # a method may report only at its end
@@ -213,10 +213,10 @@ def heat_map(result: SweepResult) -> Figure | None:
     """Draw the mean of the optimised metric over the first two grids of a sweep, +- its deviation over the rest.
 
     Returns:
-        None where fewer than two options besides the seed have a grid.
+        None where fewer than two options besides the seed have a grid of several values.
     """
     space = result.sweep.space
-    keys = [key for key in space if key != "seed" and space[key].grid is not None][:2]
+    keys = [key for key in varied(result.sweep) if space[key].grid is not None][:2]
     if len(keys) < 2:
         return None
     rows, columns = ([show(value) for value in space[key].grid or ()] for key in keys)

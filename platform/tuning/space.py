@@ -110,6 +110,12 @@ def tune_space(sweep: Sweep) -> dict[str, Any]:
     }
 
 
+def varied(sweep: Sweep) -> list[str]:
+    """Return the options besides the seed that take more than one value: what a picture is drawn over."""
+    values = {key: dimension.grid or dimension.choice for key, dimension in sweep.space.items()}
+    return [key for key, listed in values.items() if key != "seed" and (listed is None or len(listed) > 1)]
+
+
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Return the last part of every dotted key, or the whole key where that would be ambiguous."""
     last = [key.rpartition(".")[2] for key in keys]

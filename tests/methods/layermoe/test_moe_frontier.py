@@ -23,8 +23,19 @@ def test_seeds_of_a_setting_are_one_point_and_the_strategy_is_its_kind():
 
 def test_a_budget_is_written_beside_the_point_and_the_order_is_its_kind():
     space = {"config.allocation.total_experts": 18, "config.allocation.order": "inverse", "seed": 1}
-    (row,) = frontier_rows([trial(space, {NEW: 2.0, OLD: 1.0, ADDED: 5.0})])
-    assert (row.name, row.kind) == ("total_experts 18", "inverse")
+    more = space | {"config.allocation.total_experts": 24}
+    rows = frontier_rows([trial(values, {NEW: 2.0, OLD: 1.0, ADDED: 5.0}) for values in (space, more)])
+    assert [(row.name, row.kind) for row in rows] == [("total_experts 18", "inverse"), ("total_experts 24", "inverse")]
+
+
+def test_what_all_settings_have_in_common_is_not_written_beside_them():
+    rows = frontier_rows(
+        [
+            trial({"config.strategy": name, "config.allocation.uniform": 4}, {NEW: 2.0, OLD: 1.0, ADDED: 5.0})
+            for name in ("layermoe", "moe_lpr")
+        ]
+    )
+    assert [(row.name, row.kind) for row in rows] == [("layermoe", "layermoe"), ("moe_lpr", "moe_lpr")]
 
 
 def test_trials_without_measures_are_left_out_and_one_point_is_no_picture():

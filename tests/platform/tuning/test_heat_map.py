@@ -37,3 +37,8 @@ def test_a_cell_is_the_mean_over_the_seeds_with_its_deviation():
 def test_one_grid_has_no_heat_map():
     space = {"config.method": GRIDS["config.method"], "seed": {"grid": [1, 2]}}
     assert heat_map(result([(("a", 1), 0.2)], space)) is None
+
+
+def test_a_grid_of_one_value_is_no_axis():
+    space = {"config.method": GRIDS["config.method"], "config.rate": {"grid": [4]}}
+    assert heat_map(result([(("a", 4), 0.2)], space)) is None

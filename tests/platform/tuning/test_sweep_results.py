@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from tenfold.platform.experiment import Sweep
+from tenfold.platform.experiment import Dimension, Sweep
 from tenfold.platform.storage import Storage
 from tenfold.platform.tuning.results import collect, figure, table_csv
 from tenfold.platform.tuning.trial import TrialReports
@@ -104,3 +104,10 @@ def test_the_picture_of_trials_that_report_once_has_no_curves(top):
     once = replace(result, trials=[replace(trial, reports=trial.reports[-1:]) for trial in result.trials])
     (options,) = figure(once).axes
     assert options.get_ylabel() == SWEEP.metric
+
+
+def test_the_picture_has_no_panel_for_an_option_of_one_value(top):
+    result = collect(top, "s-1", SWEEP)
+    space = SWEEP.space | {"config.rate": Dimension(grid=[4])}
+    fixed = replace(result, sweep=SWEEP.model_copy(update={"space": space}))
+    assert [axis.get_xlabel() for axis in figure(fixed).axes] == ["step", "objective"]
