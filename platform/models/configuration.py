@@ -19,26 +19,22 @@ LEGACY_ROPE = ("rope_theta", "rope_scaling")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False, gguf_file: str | None = None) -> PretrainedConfig:
-    """Read the configuration of a model folder, or of a GGUF file in it.
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read the configuration of a model folder.
 
     Raises:
         ModelError: it is missing or damaged, or belongs to a type that transformers does not know.
     """
     from transformers import AutoConfig
 
-    if gguf_file is None:
-        check_config(folder)
-        known_in(folder)
-        gguf = {}
-    else:
-        gguf = {"gguf_file": gguf_file}
+    check_config(folder)
+    known_in(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        # Reading JSON, GGUF and checking values raise errors of many kinds.
+        # Reading JSON and checking values raise errors of many kinds.
         raise ModelError(
-            f"{folder / (gguf_file or 'config.json')}: not usable: {type(error).__name__}: {_short(error)}. Get the "
+            f"{folder / 'config.json'}: not usable: {type(error).__name__}: {_short(error)}. Get the "
             f"model again; a model with code of its own needs trust_remote_code"
         ) from error
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tenfold.platform.errors import ModelError
@@ -57,6 +59,53 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def outline_gguf(path: Path, *, sha256: str | None = None) -> Path:
+    """Return a folder with the configuration and the tokenizer of a GGUF file; of its conversion where there is one.
+
+    Reading them takes up to a minute, so it is done once as well; the weights are not looked at.
+
+    Args:
+        path: the GGUF file.
+        sha256: the digest that the file must have, if any.
+
+    Raises:
+        ModelError: see `convert_gguf`.
+    """
+    digest = check_gguf(path, sha256)
+    converted = converted_folder(path, digest)
+    if converted.is_dir() and damage(converted) is None:
+        return converted
+    target = cache_folder() / "gguf-outline" / converted.name
+    return build_once(target, lambda folder: _outline(path, digest, folder), damage)
+
+
+def _outline(path: Path, digest: str, folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    logger.info("reading the vocabulary of %s once", path.name)
+    with _read_by_transformers(path):
+        for kind in (AutoConfig, AutoTokenizer):
+            kind.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
+    _sign(path, digest, folder, flavor="outline")
+
+
+def _sign(path: Path, digest: str, folder: Path, *, flavor: str) -> None:
+    parents = [Parent(kind="gguf", reference=path.name, digest=digest)]
+    write_manifest(folder, flavor=flavor, method="gguf-conversion", name=path.stem, parents=parents)
+
+
+@contextlib.contextmanager
+def _read_by_transformers(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # The reader lets errors of many kinds through.
+        raise ModelError(
+            f"{path}: transformers cannot read this GGUF file: {type(error).__name__}: {error}. Give a file that is "
+            f"whole and of an architecture it knows (llama, qwen2, ...), or a Hugging Face folder"
+        ) from error
+
+
 def convert_gguf(path: Path, *, sha256: str | None = None) -> Path:
     """Return the Hugging Face folder (float32 safetensors) of a GGUF file, converting it at the first use.
 
@@ -81,29 +130,19 @@ def _convert(path: Path, digest: str, folder: Path) -> None:
 
     logger.info("converting %s (%.0f MB) once, to %s", path.name, path.stat().st_size / 1e6, folder.parent)
     started = time.monotonic()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        with sharded_by(None):  # a worker that trains with ZeRO-3 may be the first to need it
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-                trust_remote_code=False,
-            )
-    except Exception as error:
-        # The reader lets errors of many kinds through.
-        raise ModelError(
-            f"{path}: transformers cannot read this GGUF file: {type(error).__name__}: {error}. Give a file that is "
-            f"whole and of an architecture it knows (llama, qwen2, ...), or a Hugging Face folder"
-        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(outline_gguf(path), trust_remote_code=False)
+    with (
+        _read_by_transformers(path),
+        sharded_by(None),  # a worker that trains with ZeRO-3 may be the first to need it
+    ):
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_manifest(
-        folder,
-        flavor="causal-lm",
-        method="gguf-conversion",
-        name=path.stem,
-        parents=[Parent(kind="gguf", reference=path.name, digest=digest)],
-    )
+    _sign(path, digest, folder, flavor="causal-lm")
     logger.info("converted %s in %.0f s", path.name, time.monotonic() - started)

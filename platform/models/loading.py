@@ -13,7 +13,7 @@ from tenfold.platform.errors import ModelError
 from tenfold.platform.models.adapters import base_model, is_adapter, merge_adapter, tokenizer_place
 from tenfold.platform.models.architectures import known_in
 from tenfold.platform.models.configuration import fresh_config, read_config, skeleton
-from tenfold.platform.models.conversion import check_gguf, convert_gguf, converted_folder, damage
+from tenfold.platform.models.conversion import check_gguf, convert_gguf, outline_gguf
 from tenfold.platform.models.folder import VOCABULARIES, weight_files
 from tenfold.platform.models.heads import head_from_folder, head_of, head_shape
 from tenfold.platform.models.manifest import MANIFEST_NAME, check_digest, model_digest, read_manifest
@@ -80,7 +80,7 @@ class ModelFacts:
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a source. One without padding token pads with its EOS token.
 
-    Nothing is converted for it: it is read from the GGUF file itself until there is a converted folder.
+    No weights are converted for it.
 
     Raises:
         ModelError: it is missing, damaged, or has no EOS token.
@@ -90,8 +90,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     place = locate(reference, revision=source.revision if own else None, weights=False, code=source.trust_remote_code)
     if is_adapter(place):
         place = tokenizer_place(place)
-    folder, gguf = _folder_or_gguf(place, source.sha256 if own else None)
-    tokenizer = _read_tokenizer(folder, gguf, source.trust_remote_code)
+    folder = place if place.is_dir() else outline_gguf(place, sha256=source.sha256 if own else None)
+    tokenizer = _read_tokenizer(folder, source.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{reference}: its tokenizer has no EOS token, so no answer could end. Add eos_token to it")
     if tokenizer.pad_token_id is None:
@@ -99,33 +99,21 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _folder_or_gguf(place: Path, sha256: str | None) -> tuple[Path, str | None]:
-    """Return (folder, name of the GGUF file in it that must be read), the name being None for model folders."""
-    if place.is_dir():
-        return place, None
-    converted = converted_folder(place, check_gguf(place, sha256))
-    if converted.is_dir() and damage(converted) is None:
-        return converted, None
-    return place.parent, place.name
-
-
-def _read_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if gguf is None and not any((folder / name).is_file() for name in VOCABULARIES):
+    if not any((folder / name).is_file() for name in VOCABULARIES):
         raise ModelError(
             f"{folder}: no tokenizer (none of {', '.join(VOCABULARIES)}). Name a place that has one as tokenizer"
         )
-    if gguf is None:
-        known_in(folder)  # a tokenizer may be chosen by the model's type
-    options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    known_in(folder)  # a tokenizer may be chosen by the model's type
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Damaged files raise whatever their parser raises.
         raise ModelError(
-            f"{folder / (gguf or '')}: the tokenizer cannot be read: {type(error).__name__}: {error}. Get it again, "
-            f"or give another one as tokenizer"
+            f"{folder}: the tokenizer cannot be read: {type(error).__name__}: {error}. Get it again, or give another "
+            f"one as tokenizer"
         ) from error
 
 
@@ -275,8 +263,8 @@ def _known(source: ModelSource) -> tuple[PretrainedConfig, str, str | None]:
         base = {"model": str(base_model(place, weights=False)), "sha256": None, "revision": None}
         config, dtype, _ = _known(source.model_copy(update=base))
         return config, dtype, None  # the merged model's digest is known when it has been merged
-    folder, gguf = _folder_or_gguf(place, source.sha256)
-    config = read_config(folder, trust_remote_code=source.trust_remote_code, gguf_file=gguf)
+    folder = place if place.is_dir() else outline_gguf(place, sha256=source.sha256)
+    config = read_config(folder, trust_remote_code=source.trust_remote_code)
     if place.is_file():
         digest = check_gguf(place, source.sha256)
         return config, "float32" if source.dtype == "auto" else source.dtype, digest

@@ -168,10 +168,16 @@ def test_the_sha256_of_the_file_is_checked_before_anything_is_written(cache, tin
 
 def test_a_plan_neither_converts_nor_reads_weights(cache, tiny_gguf):
     facts = describe(ModelSource(model=str(tiny_gguf)))
-    assert not cache.exists()
+    assert not list(cache.rglob("*.safetensors"))
     assert (facts.model_type, facts.vocabulary_size, facts.hidden_size, facts.num_layers) == ("llama", 320, 32, 2)
     assert (facts.dtype, facts.tokenizer_length, facts.digest) == ("float32", 320, digest_of(tiny_gguf))
     convert_gguf(tiny_gguf)
+    assert describe(ModelSource(model=str(tiny_gguf))) == facts
+
+
+def test_vocabulary_and_configuration_are_read_from_the_file_once(cache, tiny_gguf, monkeypatch):
+    facts = describe(ModelSource(model=str(tiny_gguf)))
+    monkeypatch.setattr("tenfold.platform.models.conversion._outline", None)
     assert describe(ModelSource(model=str(tiny_gguf))) == facts
 
 
