@@ -235,7 +235,7 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_whole_answer_ends_its_gener
     engine = engines["stories"]
     ended = engine.statistics.ended_early
     body = {"model": "stories", "prompt": "Once", "max_tokens": 500}
-    hang_up(url, body, lambda: engine.admission.num_running == 1)
+    assert hang_up(url, body, lambda: engine.admission.num_running == 1)
     wait_until(lambda: engine.statistics.ended_early == ended + 1)
     assert engine.admission.num_running == 0
 

@@ -134,12 +134,16 @@ def test_more_than_may_wait_is_429_with_when_to_come_back(url):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_ends_its_generation(url, stream, hang_up, wait_until):
-    before = statistics("stories")
     body = {"model": "stories", "prompt": "Once", "max_tokens": 500, "stream": stream}
-    hang_up(url, body, lambda: statistics("stories")["running"] == 1, HEADERS)
-    wait_until(lambda: statistics("stories")["ended_early"] == before["ended_early"] + 1)
-    after = statistics("stories")
-    assert after["running"] == 0
+    for _ in range(20):
+        before = statistics("stories")
+        left = hang_up(url, body, lambda: statistics("stories")["running"] == 1, HEADERS)
+        wait_until(lambda: statistics("stories")["running"] == 0)
+        after = statistics("stories")
+        if left and after["ended_early"] > before["ended_early"]:
+            break
+        # on a busy machine the last token was there before the model was told
+    assert after["ended_early"] == before["ended_early"] + 1
     assert after["tokens"] - before["tokens"] < 500
 
 
