@@ -156,16 +156,3 @@ def _kind(path: str) -> str:
     if path.endswith("model_states.pt"):
         return "module"
     return "weights" if path.endswith(".safetensors") else "others"
-
-
-def matmul_flops(seconds: float = 3.0, *, bf16: bool) -> float:
-    """Return the operations a second of one thread that multiplies large matrices: what we call its peak."""
-    torch.set_num_threads(1)
-    size = 2048
-    factors = [torch.randn(size, size, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2)]
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        factors[0] @ factors[1]
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best

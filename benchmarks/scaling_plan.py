@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from reporting import Report, Target, argument_parser
-from scaling import BF16, FP32, STAGES, Hardware, Plan, Shape, exchanged_elements, flops_per_token, plan
+from scaling import BF16, FP32, STAGES, Hardware, Plan, Shape, exchanged_elements, plan
 
 GPUS = (8, 64, 512)
 JOBS = ((1, 2), (2, 0), (2, 1), (2, 2), (2, 3))  # workers, ZeRO stage
@@ -137,7 +137,7 @@ def hardware_of(options: argparse.Namespace) -> Hardware:
 
 def measure(options: argparse.Namespace) -> int:
     """Run the small trainings, compare them with the formulas, and write what they gave."""
-    from scaling_jobs import BATCH, STEPS, matmul_flops, measured_job
+    from scaling_jobs import BATCH, STEPS, measured_job
     from tenfold.platform import cluster
     from tenfold.platform.hardware import supports_bf16
 
@@ -150,7 +150,6 @@ def measure(options: argparse.Namespace) -> int:
         "scaling, measured",
         {"batch": BATCH, "steps": STEPS, "bf16": bf16, "share of the cores busy before": f"{busy:.0f} %"},
     )
-    peak = matmul_flops(bf16=bf16)
     cluster.connect()
     try:
         report.rows += [measured_job(workers, stage, bf16) for workers, stage in JOBS]
@@ -165,9 +164,6 @@ def measure(options: argparse.Namespace) -> int:
         row["formula_bytes"] = formula
         row["exchange_ratio"] = row["exchanged_bytes"] / formula if formula else None
         row["over_one"] = row["tokens_per_s"] / one["tokens_per_s"]
-        # rows are short: attention's own operations are left out
-        flops = flops_per_token(student, 0, recompute=False) * row["tokens_per_s"]
-        row["peak_share"] = flops / peak / row["workers"]
         row["exchanged_mb"] = row["exchanged_bytes"] / 1e6
         row["formula_mb"] = formula / 1e6
     if one["parameters"] != student.parameters:
@@ -183,7 +179,6 @@ def measure(options: argparse.Namespace) -> int:
             "stage": "ZeRO",
             "tokens_per_s": "tokens/s",
             "over_one": "/ 1 worker",
-            "peak_share": "share of matmul peak",
             "start_s": "start s",
             "exchanged_mb": "exchanged MB a step",
             "formula_mb": "formula MB",
