@@ -52,13 +52,19 @@ def main() -> None:
     results = parser.parse_args().folder.absolute()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
+    interrupted = []
+
+    def interrupt(*_: object) -> NoReturn:
+        interrupted.append(True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         with local_cluster(results) as address:
             run(address, results)
-    except TenfoldError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the cluster is gone")
+    except (TenfoldError, KeyboardInterrupt) as error:
+        # Python drops what a handler raises while it finalises an object; then the job fails, which had Ctrl-C as well
+        sys.exit("interrupted; the cluster is gone" if interrupted else f"error: {error}")
 
 
 def _leave(number: int, _: object) -> NoReturn:
