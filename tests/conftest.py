@@ -85,6 +85,20 @@ def ray_session():
         yield
 
 
+@pytest.fixture(scope="module")
+def own_cluster():
+    """Start a cluster of two cores for one file: earlier trainings may have left something on the shared one.
+
+    Ray Data and training workers that need all of its cores would wait for them without an end.
+    """
+    from tenfold.platform import cluster
+
+    cluster.shutdown()
+    cluster.connect(num_cpus=2, include_dashboard=False)
+    yield
+    cluster.shutdown()
+
+
 @pytest.fixture(scope="session")
 def tracking_uri(tmp_path_factory):
     """Return a function that puts an MLflow database without runs into a folder: making one takes seconds."""

@@ -5,21 +5,11 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tenfold.platform import cluster
 from tenfold.platform.data.config import DataSource
 from tenfold.platform.data.readers import read_rows
 from tenfold.platform.errors import DataError
 
-pytestmark = [pytest.mark.ray]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cluster():
-    """A cluster without what earlier trainings may have left: Ray Data waits for cores without an end."""
-    cluster.shutdown()
-    cluster.connect(num_cpus=2, include_dashboard=False)
-    yield
-    cluster.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("own_cluster")]
 
 
 def read(path):

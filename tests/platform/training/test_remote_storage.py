@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tenfold.platform import cluster, lease
+from tenfold.platform import lease
 from tenfold.platform.errors import StorageError
 from tenfold.platform.experiment import load_experiment
 from tenfold.platform.models.export import export_model
@@ -18,7 +18,7 @@ from tenfold.platform.storage import Storage
 from tenfold.platform.training.checkpoints import list_checkpoints
 from tenfold.platform.training.launch import DEFAULT_JOB
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("own_cluster")]
 
 STEPS, WAIT_SECONDS = 8, 300
 JOB = f"train/{DEFAULT_JOB}"
@@ -27,15 +27,6 @@ EXPERIMENT = {
     "base": str(Path(__file__).with_name("small_distillation.yaml")),
     "config": {"training": {"max_steps": STEPS, "save_steps": 1, "save_total_limit": STEPS}},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cluster():
-    """A cluster without what earlier trainings may have left: two ranks need all of its cores."""
-    cluster.shutdown()
-    cluster.connect(num_cpus=2, include_dashboard=False)
-    yield
-    cluster.shutdown()
 
 
 def steps_saved(storage):
